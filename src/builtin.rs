@@ -1,0 +1,102 @@
+//! The targets that come with the server: `builtin:welcome`, `hello`, `hello-pool`, `echo`, `sleep`.
+
+use std::{borrow::Cow, thread, time::Duration};
+
+use serde_json::json;
+
+use crate::{
+    driver::Peer,
+    handler::{Handler, Request, Response, Runs},
+};
+
+/// The longest that `builtin:sleep` sleeps.
+const SLEEP_MAX: Duration = Duration::from_secs(3600);
+
+/// A built-in target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Builtin {
+    /// A page that says what is running and what to do next.
+    Welcome,
+    /// `Hello, World!`, on the ring thread.
+    Hello,
+    /// The same, on a handler thread.
+    HelloPool,
+    /// The request as it was understood, as JSON.
+    Echo,
+    /// Sleeps `?ms=N`, then says so.
+    Sleep,
+}
+
+impl Builtin {
+    pub const NAMES: [(&'static str, Builtin); 5] = [
+        ("builtin:welcome", Builtin::Welcome),
+        ("builtin:hello", Builtin::Hello),
+        ("builtin:hello-pool", Builtin::HelloPool),
+        ("builtin:echo", Builtin::Echo),
+        ("builtin:sleep", Builtin::Sleep),
+    ];
+
+    pub fn named(name: &str) -> Option<Builtin> {
+        Builtin::NAMES.iter().find(|pair| pair.0 == name).map(|pair| pair.1)
+    }
+
+    pub fn name(self) -> &'static str {
+        Builtin::NAMES.iter().find(|pair| pair.1 == self).map_or("", |pair| pair.0)
+    }
+}
+
+impl Handler for Builtin {
+    fn handle(&self, request: &Request<'_>) -> Response {
+        match self {
+            Builtin::Welcome => Response::html(include_str!("welcome.html")),
+            Builtin::Hello | Builtin::HelloPool => Response::new(200).content_type("text/plain").body("Hello, World!"),
+            Builtin::Echo => echo(request),
+            Builtin::Sleep => sleep(request),
+        }
+    }
+
+    fn runs(&self, _request: &Request<'_>) -> Runs {
+        match self {
+            Builtin::Welcome | Builtin::Hello => Runs::Inline,
+            Builtin::HelloPool | Builtin::Echo | Builtin::Sleep => Runs::OnPool,
+        }
+    }
+}
+
+fn echo(request: &Request<'_>) -> Response {
+    let headers: Vec<_> = request.headers().map(|(name, value)| (name.to_ascii_lowercase(), latin1(value))).collect();
+    let remote = match request.peer() {
+        Peer::Inet(address) => address.to_string(),
+        Peer::Unix => "unix".to_owned(),
+    };
+    let seen = json!({
+        "method": request.method(),
+        "target": request.target(),
+        "path": request.path(),
+        "query": request.query(),
+        "version": request.version(),
+        "headers": headers,
+        "body": latin1(request.body()),
+        "remote": remote,
+    });
+    Response::json(seen.to_string())
+}
+
+fn sleep(request: &Request<'_>) -> Response {
+    let asked = request.query().split('&').find_map(|pair| pair.strip_prefix("ms="));
+    match asked.unwrap_or("0").parse().map(Duration::from_millis) {
+        Ok(time) if time <= SLEEP_MAX => {
+            thread::sleep(time);
+            Response::text(format!("slept {} ms\n", time.as_millis()))
+        }
+        _ => Response::text("ms should be a number of milliseconds, an hour at most: /?ms=250\n").status(400),
+    }
+}
+
+/// Each byte as the character of the same number, as HTTP/1.1 fields are read in CGI and WSGI.
+fn latin1(bytes: &[u8]) -> Cow<'_, str> {
+    match bytes.is_ascii() {
+        true => String::from_utf8_lossy(bytes),
+        false => bytes.iter().map(|&byte| char::from(byte)).collect(),
+    }
+}

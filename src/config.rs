@@ -1,0 +1,278 @@
+//! Every setting and every limit: its unit, its default and the reason for it.
+//!
+//! This is what a server runs with, whoever filled it in (`cli.rs` from the command line, the
+//! environment and a file; a library user by hand). Nothing here does I/O.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+/// What a [`Server`](crate::Server) runs with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where to listen. Each core has a listening socket of its own for each TCP address.
+    pub bind: Vec<Bind>,
+    /// Which CPUs get a shard.
+    pub cores: Cores,
+    /// Threads that run handlers, per core. Two, so that one request that waits does not stop the
+    /// next; a handler that only computes gains nothing from more.
+    pub handlers: usize,
+    /// CPUs that the handler threads run on; the core of their shard when not set.
+    pub handler_cores: Option<Cores>,
+    /// How the kernel is asked.
+    pub backend: Backend,
+    pub limits: Limits,
+    pub timeouts: Timeouts,
+    /// Length of each listener's queue in the kernel, in connections (listen(2), capped by
+    /// net.core.somaxconn). 4,096 is the kernel's own cap since 5.4; nginx says 511, gunicorn 2,048.
+    pub backlog: u32,
+    /// Value of the `Server` field of responses that have none; `None` sends none.
+    pub server_name: Option<String>,
+    /// Requests that malformed-request rules let pass; see [`Permit`].
+    pub permit: Permit,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            bind: vec![Bind::Tcp("127.0.0.1:8000".to_owned())],
+            cores: Cores::All,
+            handlers: 2,
+            handler_cores: None,
+            backend: Backend::Auto,
+            limits: Limits::default(),
+            timeouts: Timeouts::default(),
+            backlog: 4096,
+            server_name: Some("uringd".to_owned()),
+            permit: Permit::default(),
+        }
+    }
+}
+
+/// An address to listen on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Bind {
+    /// `host:port` or `[v6]:port`, resolved when the server starts.
+    Tcp(String),
+    /// A unix stream socket. A dead one is replaced, a live one is an error.
+    Unix(PathBuf),
+    /// A listening socket that was inherited under this number.
+    Fd(i32),
+}
+
+/// A choice among the CPUs that this process may run on (sched_getaffinity(2)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cores {
+    All,
+    /// The first so many.
+    Count(usize),
+    /// These, by number.
+    List(Vec<usize>),
+}
+
+/// How the kernel is asked for input and output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// io_uring where it may be used, epoll otherwise.
+    Auto,
+    Uring,
+    Epoll,
+}
+
+/// What one connection, request or core may take up. Every limit has an outcome a client can see.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Longest request line, in bytes without its CRLF; beyond it: 414. nginx 8 KiB, gunicorn 4,094.
+    pub request_line_bytes_max: usize,
+    /// Most header fields in a request; beyond it: 431. gunicorn 100, nginx 1,000, h11 none.
+    pub fields_max: usize,
+    /// Longest header field, name, colon and value, in bytes; beyond it: 431. gunicorn 8,190, nginx 8 KiB.
+    pub field_bytes_max: usize,
+    /// Longest request head, request line and empty line included, in bytes; beyond it: 431.
+    /// h11 and IIS 16 KiB, node.js 16 KiB, Tomcat 8 KiB. Trailer sections have the same limit.
+    pub head_bytes_max: usize,
+    /// Longest request body, in bytes after decoding; beyond it: 413. waitress 1 GiB, nginx 1 MiB, gunicorn none.
+    pub body_bytes_max: u64,
+    /// Longest line that introduces a chunk (size and extensions), in bytes; beyond it: 400.
+    pub chunk_line_bytes_max: usize,
+    /// Connections per core; more wait in the kernel's queue. Bounded by RLIMIT_NOFILE as well.
+    pub connections_max: usize,
+    /// Complete requests that wait for a handler, per core; more get 503 with Retry-After.
+    pub queue_max: usize,
+    /// Response bytes that one connection may have waiting in memory before its next pipelined request is
+    /// looked at, in bytes.
+    pub response_buffer_bytes_max: usize,
+    /// Requests on one connection before it is closed; 0 for no limit. nginx 1,000, for the memory that its
+    /// connections gather; ours gather none.
+    pub keep_alive_requests_max: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            request_line_bytes_max: 8 << 10,
+            fields_max: 100,
+            field_bytes_max: 8 << 10,
+            head_bytes_max: 16 << 10,
+            body_bytes_max: 1 << 30,
+            chunk_line_bytes_max: 1 << 10,
+            connections_max: 16_384,
+            queue_max: 1024,
+            response_buffer_bytes_max: 1 << 20,
+            keep_alive_requests_max: 0,
+        }
+    }
+}
+
+/// How long each phase of a connection may last. Measured on CLOCK_MONOTONIC.
+#[derive(Clone, Debug)]
+pub struct Timeouts {
+    /// From a request's first byte (or the connection's beginning) to the end of its head; then 408,
+    /// or a silent close when nothing was sent at all. A total, so a trickle does not renew it.
+    pub head: Duration,
+    /// Longest pause within a body; then 408.
+    pub body_idle: Duration,
+    /// Slowest body, in bytes per second, looked at once the body has lasted `body_rate_grace`; then 408.
+    pub body_rate_min: u64,
+    pub body_rate_grace: Duration,
+    /// Longest wait for a handler; then 503 with Retry-After.
+    pub queue: Duration,
+    /// Longest run of a handler; then 504.
+    pub run: Duration,
+    /// Longest time without progress in sending; then the connection is reset.
+    pub send: Duration,
+    /// Longest pause between two requests of a connection; then it is closed.
+    pub keep_alive: Duration,
+    /// Longest time that a stop waits for requests in progress.
+    pub drain: Duration,
+    /// After a refusal: how long the peer's remaining bytes are read and dropped, so that it can read
+    /// the answer (RFC 9112 section 9.6).
+    pub linger: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Timeouts {
+        Timeouts {
+            head: Duration::from_secs(10),
+            body_idle: Duration::from_secs(60),
+            body_rate_min: 500,
+            body_rate_grace: Duration::from_secs(10),
+            queue: Duration::from_secs(30),
+            run: Duration::from_secs(30),
+            send: Duration::from_secs(60),
+            keep_alive: Duration::from_secs(15),
+            drain: Duration::from_secs(30),
+            linger: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Rules of the strict request profile that may be relaxed, one by one, for clients that need it.
+/// All off; each opens the door that its documentation names.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Permit {
+    /// An HTTP/1.1 request without a `Host` field (RFC 9112 section 3.2 demands 400). Danger: whatever
+    /// chooses by host, here or behind, sees none.
+    pub host_missing: bool,
+    /// Field names with an underscore reach CGI-style environments. Danger: `X_Forwarded_For` and
+    /// `X-Forwarded-For` become the same name there, so a client can write what only a proxy should.
+    pub underscore_headers: bool,
+}
+
+impl Config {
+    /// Refuses what could not work together.
+    ///
+    /// # Errors
+    /// A sentence with what to try.
+    pub fn checked(self) -> Result<Config, String> {
+        let limits = &self.limits;
+        let least = [
+            ("--handlers", self.handlers, 1),
+            ("--queue", limits.queue_max, 1),
+            ("--limit-connections", limits.connections_max, 1),
+            ("--limit-request-line", limits.request_line_bytes_max, 16),
+            ("--limit-request-fields", limits.fields_max, 1),
+            ("--limit-request-field-size", limits.field_bytes_max, 16),
+            ("--limit-head", limits.head_bytes_max, 64),
+        ];
+        for (option, value, least) in least {
+            if value < least {
+                return Err(format!("{option} {value}: try {least} or more"));
+            }
+        }
+        if limits.head_bytes_max > HEAD_BYTES_CEILING {
+            return Err(format!("--limit-head {}: try {HEAD_BYTES_CEILING} or less", limits.head_bytes_max));
+        }
+        if self.bind.is_empty() {
+            return Err("there is no address to listen on; try: --bind 127.0.0.1:8000".to_owned());
+        }
+        Ok(self)
+    }
+}
+
+/// A head larger than this is nobody's: it is read into memory whole.
+const HEAD_BYTES_CEILING: usize = 1 << 20;
+
+/// As keys and values of the configuration file.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (limits, timeouts) = (&self.limits, &self.timeouts);
+        let binds: Vec<String> = self.bind.iter().map(|bind| format!("\"{bind}\"")).collect();
+        writeln!(f, "bind = [{}]", binds.join(", "))?;
+        writeln!(f, "cores = \"{}\"", self.cores)?;
+        writeln!(f, "handlers = {}", self.handlers)?;
+        if let Some(cores) = &self.handler_cores {
+            writeln!(f, "handler-cores = \"{cores}\"")?;
+        }
+        writeln!(f, "backend = \"{}\"", format!("{:?}", self.backend).to_lowercase())?;
+        writeln!(f, "backlog = {}", self.backlog)?;
+        for (key, time) in [
+            ("timeout", timeouts.run),
+            ("queue-timeout", timeouts.queue),
+            ("head-timeout", timeouts.head),
+            ("body-timeout", timeouts.body_idle),
+            ("send-timeout", timeouts.send),
+            ("keep-alive", timeouts.keep_alive),
+            ("graceful-timeout", timeouts.drain),
+        ] {
+            writeln!(f, "{key} = {}", time.as_secs_f64())?;
+        }
+        for (key, value) in [
+            ("body-rate", timeouts.body_rate_min),
+            ("queue", limits.queue_max as u64),
+            ("limit-connections", limits.connections_max as u64),
+            ("limit-request-line", limits.request_line_bytes_max as u64),
+            ("limit-request-fields", limits.fields_max as u64),
+            ("limit-request-field-size", limits.field_bytes_max as u64),
+            ("limit-head", limits.head_bytes_max as u64),
+            ("limit-body", limits.body_bytes_max),
+            ("keep-alive-requests", limits.keep_alive_requests_max),
+        ] {
+            writeln!(f, "{key} = {value}")?;
+        }
+        let permits = [("host-missing", self.permit.host_missing), ("underscore-headers", self.permit.underscore_headers)];
+        let permits: Vec<String> = permits.iter().filter(|rule| rule.1).map(|rule| format!("\"{}\"", rule.0)).collect();
+        writeln!(f, "permit = [{}]", permits.join(", "))
+    }
+}
+
+impl fmt::Display for Bind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Bind::Tcp(address) => f.write_str(address),
+            Bind::Unix(path) => write!(f, "unix:{}", path.display()),
+            Bind::Fd(number) => write!(f, "fd://{number}"),
+        }
+    }
+}
+
+impl fmt::Display for Cores {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Cores::All => f.write_str("all"),
+            Cores::Count(count) => count.fmt(f),
+            Cores::List(list) => {
+                let list: Vec<String> = list.iter().map(|cpu| format!("{cpu}-{cpu}")).collect();
+                f.write_str(&list.join(","))
+            }
+        }
+    }
+}

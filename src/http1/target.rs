@@ -1,0 +1,150 @@
+//! The request target, and hosts as they are written there and in the Host field.
+//!
+//! ```text
+//! request-target = origin-form      /path?query             every method but CONNECT
+//!                / absolute-form    http://host/path?query  every method but CONNECT
+//!                / authority-form   host:port               CONNECT only
+//!                / asterisk-form    *                       OPTIONS only      (RFC 9112 section 3.2)
+//! ```
+//!
+//! Bytes that RFC 3986 does not allow in paths and queries, but that browsers send (`|`, `[`, `{` and such), pass;
+//! whitespace, control characters, `#` and whatever is not ASCII do not. Nothing is decoded here.
+
+use std::{net::Ipv6Addr, str};
+
+use super::{error::Refusal, request::Span};
+
+/// A target, taken apart. Offsets are relative to the target.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) path: Span,
+    /// Without the question mark.
+    pub(super) query: Option<Span>,
+    /// Of an absolute-form.
+    pub(super) authority: Option<Span>,
+}
+
+impl Target {
+    pub(super) fn parse(method: &[u8], target: &[u8]) -> Result<Target, Refusal> {
+        if !target.is_ascii() {
+            return Err(Refusal::TargetBad);
+        }
+        if target.contains(&b'#') {
+            return Err(Refusal::TargetFragment);
+        }
+        match (method, target) {
+            (b"CONNECT", _) if is_authority_form(target) => Err(Refusal::ConnectUnsupported),
+            (b"CONNECT", _) => Err(Refusal::TargetForm),
+            (_, [b'/', ..]) => Ok(Target::from_path(target, 0, None)),
+            (b"OPTIONS", b"*") => Ok(Target::from_path(target, 0, None)),
+            _ => Target::absolute(target),
+        }
+    }
+
+    fn from_path(target: &[u8], start: usize, authority: Option<Span>) -> Target {
+        let end = target.len();
+        let question = memchr::memchr(b'?', &target[start..]).map(|offset| start + offset);
+        Target {
+            path: Span::new(start, question.unwrap_or(end)),
+            query: question.map(|question| Span::new(question + 1, end)),
+            authority,
+        }
+    }
+
+    /// "a server MUST accept the absolute-form in requests even though most HTTP/1.1 clients will only send the
+    /// absolute-form to a proxy" (RFC 9112 section 3.2.2).
+    fn absolute(target: &[u8]) -> Result<Target, Refusal> {
+        let Some(colon) = memchr::memmem::find(target, b"://") else {
+            return Err(Refusal::TargetForm);
+        };
+        let scheme = &target[..colon];
+        if !scheme.eq_ignore_ascii_case(b"http") && !scheme.eq_ignore_ascii_case(b"https") {
+            return Err(if is_scheme(scheme) {
+                Refusal::TargetScheme
+            } else {
+                Refusal::TargetForm
+            });
+        }
+        let start = colon + 3;
+        let rest = &target[start..];
+        let end = start + memchr::memchr2(b'/', b'?', rest).unwrap_or(rest.len());
+        let authority = &target[start..end];
+        if authority.contains(&b'@') {
+            return Err(Refusal::TargetUserinfo);
+        }
+        if !is_host(authority) {
+            return Err(Refusal::HostBad);
+        }
+        let mut parsed = Target::from_path(target, end, Some(Span::new(start, end)));
+        if parsed.path.is_empty() {
+            // An empty path means "/" (RFC 9110 section 4.2.3). A span has to point at one: the scheme's second slash.
+            parsed.path = Span::new(start - 1, start);
+        }
+        Ok(parsed)
+    }
+}
+
+/// `scheme = ALPHA *( ALPHA / DIGIT / "+" / "-" / "." )` (RFC 3986 section 3.1).
+fn is_scheme(bytes: &[u8]) -> bool {
+    matches!(bytes, [first, rest @ ..] if first.is_ascii_alphabetic()
+        && rest.iter().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(byte)))
+}
+
+/// `authority-form = uri-host ":" port` (RFC 9112 section 3.2.3); a tunnel needs its port.
+fn is_authority_form(bytes: &[u8]) -> bool {
+    is_host(bytes) && bytes.last().is_some_and(u8::is_ascii_digit) && bytes.contains(&b':') && !bytes.ends_with(b"]")
+}
+
+/// `Host = uri-host [ ":" port ]` (RFC 9110 section 7.2), uri-host not empty: "If the authority component is missing
+/// or undefined for the target URI, then a client MUST send a Host header field with an empty field-value", which is
+/// never so for http and https.
+pub(super) fn is_host(bytes: &[u8]) -> bool {
+    match bytes {
+        [b'[', rest @ ..] => match memchr::memchr(b']', rest) {
+            Some(end) => is_ipv6(&rest[..end]) && is_port_or_nothing(&rest[end + 1..]),
+            None => false,
+        },
+        _ => {
+            let end = memchr::memchr(b':', bytes).unwrap_or(bytes.len());
+            is_name(&bytes[..end]) && is_port_or_nothing(&bytes[end..])
+        }
+    }
+}
+
+/// `IP-literal` without its brackets. IPvFuture is left out: no such addresses exist.
+fn is_ipv6(bytes: &[u8]) -> bool {
+    str::from_utf8(bytes).is_ok_and(|text| text.parse::<Ipv6Addr>().is_ok())
+}
+
+/// `reg-name = *( unreserved / pct-encoded / sub-delims )` (RFC 3986 section 3.2.2), made of labels that are not empty,
+/// as in the DNS; one dot may end it. An IPv4 address is such a name, too.
+fn is_name(bytes: &[u8]) -> bool {
+    let mut label_empty = true;
+    let mut rest = bytes;
+    while let [byte, tail @ ..] = rest {
+        rest = match byte {
+            b'.' if label_empty => return false,
+            b'%' => match tail {
+                [high, low, tail @ ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => tail,
+                _ => return false,
+            },
+            b'.' | b'-' | b'_' | b'~' => tail,
+            b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';' | b'=' => tail,
+            _ if byte.is_ascii_alphanumeric() => tail,
+            _ => return false,
+        };
+        label_empty = *byte == b'.';
+    }
+    !bytes.is_empty()
+}
+
+/// Nothing, or a colon and a port, which may be empty (RFC 3986 section 3.2.3).
+fn is_port_or_nothing(bytes: &[u8]) -> bool {
+    match bytes {
+        [] => true,
+        [b':', digits @ ..] if digits.len() <= 5 && digits.iter().all(u8::is_ascii_digit) => {
+            digits.iter().fold(0, |port, digit| port * 10 + u32::from(digit - b'0')) <= 65535
+        }
+        _ => false,
+    }
+}

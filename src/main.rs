@@ -1,0 +1,79 @@
+//! The program: options to configuration to server. Exit statuses: 0 drained, 1 could not start, 2
+//! usage, 3 requests lost at the drain limit.
+
+use std::{fs, path::Path, process::ExitCode};
+
+use clap::Parser;
+use uringd::{
+    Server,
+    cli::{Options, Target, Usage},
+    error::Error,
+};
+
+const CONFIG_FILE: &str = "uringd.toml";
+
+fn main() -> ExitCode {
+    let options = match Options::parse().with_file() {
+        Ok(options) => options,
+        Err(usage) => return fail(&usage, 1),
+    };
+    // Kept until the end: dropping it writes what is still in the log's queue.
+    let _log = match uringd::log::start(options.log_level.as_deref(), options.log_format.as_deref()) {
+        Ok(guard) => guard,
+        Err(usage) => return fail(&usage, 2),
+    };
+    match serve(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(usage)) => fail(&usage, 2),
+        Err(Failure::Target(usage)) => fail(&usage, 1),
+        Err(Failure::Server(error @ Error::DrainLimit { .. })) => fail(&error, 3),
+        Err(Failure::Server(error)) => fail(&error, 1),
+    }
+}
+
+enum Failure {
+    Usage(Usage),
+    Target(Usage),
+    Server(Error),
+}
+
+fn serve(options: &Options) -> Result<(), Failure> {
+    let config = options.config(std::env::var("PORT").ok().as_deref()).map_err(Failure::Usage)?;
+    let text = options.target.as_deref().unwrap_or("builtin:welcome");
+    let builtin = match Target::from_text(text).map_err(Failure::Target)? {
+        Target::Builtin(builtin) => builtin,
+        Target::Unsupported(what) => {
+            return Err(Failure::Target(Usage(format!(
+                "{text} looks like {what}, which this version cannot serve yet; try: builtin:welcome"
+            ))));
+        }
+    };
+    if options.check {
+        print!("target = \"{text}\"\n{config}");
+        return Ok(());
+    }
+    Server::with_handler(builtin).target(builtin.name()).config(config).run().map_err(Failure::Server)
+}
+
+fn fail(error: &dyn std::error::Error, status: u8) -> ExitCode {
+    eprintln!("uringd: {error}");
+    ExitCode::from(status)
+}
+
+trait WithFile: Sized {
+    fn with_file(self) -> Result<Self, Usage>;
+}
+
+impl WithFile for Options {
+    /// Adds what the configuration file says.
+    fn with_file(self) -> Result<Options, Usage> {
+        let path = match &self.config {
+            Some(path) => path.clone(),
+            None if Path::new(CONFIG_FILE).exists() => CONFIG_FILE.into(),
+            None => return Ok(self),
+        };
+        let text = fs::read_to_string(&path).map_err(|error| Usage(format!("cannot read {}: {error}; try: --config FILE", path.display())))?;
+        let file = toml::from_str(&text).map_err(|error| Usage(format!("{}: {error}", path.display())))?;
+        Ok(self.over(file))
+    }
+}

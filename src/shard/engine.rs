@@ -1,0 +1,928 @@
+//! One shard's decisions: a completion comes in, operations go out.
+//!
+//! Nothing here calls the kernel or reads a clock; `shard/mod.rs` does both and passes the results in.
+//! So every order of events can be replayed from a seed (`tests/sim`).
+//!
+//! Within a turn of the loop, completions only fill the slots' output buffers and the list `dirty`;
+//! [`Engine::end_turn`] makes one send per connection of it. So a burst of pipelined requests is answered by one
+//! send, and a turn costs one entry into the kernel.
+//!
+//! If you add an operation that completes later: give it an in-flight boolean in `slot.rs`, clear
+//! it on the last completion, and add it to `Slot::is_quiet`.
+
+use std::{
+    mem,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use slab::Slab;
+
+use super::{
+    deadlines::{Deadlines, NO_ENTRY, Tick},
+    slot::{Slot, Stage},
+};
+use crate::{
+    config::{Config, Limits, Permit},
+    driver::{Chunk, Completion, ListenerIndex, Op, Payload, Peer, RecvEnd, Shutdown, Token},
+    exchange::{Exchange, Micros, Progress},
+    handler::{Body, Handler, Request, Response, Runs},
+    http1::{
+        Event, Framing, Head, Phase, Refusal, Version,
+        response::{self, Context, Preamble},
+    },
+    stats::Stats,
+};
+
+/// Bodies up to this size are copied behind their head, so that both leave in one send.
+const BODY_COPIED_BYTES_MAX: usize = 16 << 10;
+/// A large body is sent in pieces of this size, so that progress shows (kernel-notes/send.md).
+const BODY_PIECE_BYTES: usize = 256 << 10;
+/// A shut connection is given this long in all to take notice, however busily it goes on sending.
+const LINGER_TOTAL: Micros = 30_000_000;
+/// A client that shuts its sending side while its request waits may be half closed, which is legal, or gone,
+/// which is commoner. Nothing tells them apart, so it keeps its place this long.
+const HALF_CLOSED_WAIT: Micros = 100_000;
+/// Accepting pauses this long after it failed for lack of descriptors or memory.
+const ACCEPT_PAUSE: Micros = 100_000;
+/// Freed output buffers kept for the next answers, and the largest that is kept.
+const BUFFERS_KEPT: usize = 256;
+const BUFFER_KEPT_BYTES: usize = 64 << 10;
+const BUFFER_BYTES: usize = 4 << 10;
+/// Used exchanges kept for the next requests.
+const EXCHANGES_KEPT: usize = 256;
+
+/// What a shard is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Life {
+    Serving,
+    /// No new connections; requests in progress are finished.
+    Draining,
+    /// Every connection is ended now.
+    Stopping,
+}
+
+pub struct Engine {
+    /// What the driver is to do. The caller takes them after each turn.
+    pub ops: Vec<Op>,
+    /// Complete requests for the pool. The caller takes them before [`Engine::end_turn`].
+    pub dispatch: Vec<Box<Exchange>>,
+    handler: Arc<dyn Handler>,
+    limits: Limits,
+    permit: Permit,
+    periods: Periods,
+    stats: Arc<Stats>,
+    life: Life,
+    listeners: Vec<Listener>,
+    /// When accepting is tried again after a failure.
+    accept_again: Option<Micros>,
+    slots: Slab<Slot>,
+    generation: u32,
+    dirty: Vec<Token>,
+    deadlines: Deadlines,
+    expired: Vec<(Token, Tick)>,
+    preamble: Preamble,
+    /// Where heads are parsed into before anybody owns them.
+    head: Head,
+    buffers: Vec<Vec<u8>>,
+    exchanges: Vec<Box<Exchange>>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Listener {
+    in_flight: bool,
+    stopping: bool,
+}
+
+/// The configured times, in [`Micros`].
+struct Periods {
+    head: Micros,
+    body_idle: Micros,
+    body_rate_grace: Micros,
+    body_rate_min: u64,
+    queue: Micros,
+    run: Micros,
+    send: Micros,
+    keep_alive: Micros,
+    linger: Micros,
+}
+
+impl Engine {
+    pub fn new(config: &Config, handler: Arc<dyn Handler>, listeners: usize, stats: Arc<Stats>, now: Micros, wall: SystemTime) -> Engine {
+        let micros = |duration: Duration| duration.as_micros().min(u128::from(u64::MAX / 4)) as Micros;
+        let timeouts = &config.timeouts;
+        let mut preamble = Preamble::new(config.server_name.as_deref());
+        preamble.set_date(wall);
+        let mut engine = Engine {
+            ops: Vec::new(),
+            dispatch: Vec::new(),
+            handler,
+            limits: config.limits.clone(),
+            permit: config.permit,
+            periods: Periods {
+                head: micros(timeouts.head),
+                body_idle: micros(timeouts.body_idle),
+                body_rate_grace: micros(timeouts.body_rate_grace),
+                body_rate_min: timeouts.body_rate_min,
+                queue: micros(timeouts.queue),
+                run: micros(timeouts.run),
+                send: micros(timeouts.send),
+                keep_alive: micros(timeouts.keep_alive),
+                linger: micros(timeouts.linger),
+            },
+            stats,
+            life: Life::Serving,
+            listeners: vec![Listener::default(); listeners],
+            accept_again: None,
+            slots: Slab::new(),
+            generation: 0,
+            dirty: Vec::new(),
+            deadlines: Deadlines::new(now),
+            expired: Vec::new(),
+            preamble,
+            head: Head::default(),
+            buffers: Vec::new(),
+            exchanges: Vec::new(),
+        };
+        engine.accept_all();
+        engine
+    }
+
+    /// Takes note of one completion.
+    #[inline]
+    pub fn handle(&mut self, completion: Completion<'_>, now: Micros) {
+        match completion {
+            Completion::Received { token, bytes } => self.received(token, bytes, now),
+            Completion::Sent { token, chunk, result } => self.sent(token, chunk, result, now),
+            Completion::RecvEnded { token, end } => self.recv_ended(token, end, now),
+            Completion::Accepted { fd, peer, .. } => self.accepted(fd, peer, now),
+            Completion::AcceptEnded { listener, error } => self.accept_ended(listener, error, now),
+        }
+    }
+
+    /// A handler is done with a request, or found it withdrawn.
+    pub fn answered(&mut self, mut exchange: Box<Exchange>, now: Micros) {
+        let response = exchange.response.take();
+        if let (Some(response), Some(key)) = (response, self.find(exchange.token)) {
+            let slot = &self.slots[key];
+            // Else it was answered for: 503 or 504.
+            if slot.ticket.is_some() && slot.serial == exchange.serial {
+                self.respond(key, response, now);
+                self.proceed(key, now);
+            }
+        }
+        self.recycle(exchange);
+    }
+
+    /// The pool would not take a request: its queue is full.
+    pub fn queue_full(&mut self, exchange: Box<Exchange>, now: Micros) {
+        self.stats.queue_full.add(1);
+        if let Some(key) = self.find(exchange.token) {
+            self.respond(key, response::unavailable("The server is busy.\n"), now);
+            self.proceed(key, now);
+        }
+        self.recycle(exchange);
+    }
+
+    /// Acts on what is due and turns all output of this turn into sends.
+    pub fn end_turn(&mut self, now: Micros) {
+        self.expire(now);
+        let mut dirty = mem::take(&mut self.dirty);
+        for token in dirty.drain(..) {
+            self.flush(token, now);
+        }
+        self.dirty = dirty;
+    }
+
+    /// When [`Engine::end_turn`] has to be called again, completions or not.
+    pub fn next_deadline(&self) -> Option<Micros> {
+        [self.deadlines.next(), self.accept_again].into_iter().flatten().min()
+    }
+
+    /// Call it once a second: the answers' date.
+    pub fn set_date(&mut self, wall: SystemTime) {
+        self.preamble.set_date(wall);
+    }
+
+    /// Stops accepting. Draining, idle connections are closed and others after their answer; stopping, all at once.
+    pub fn wind_down(&mut self, life: Life, now: Micros) {
+        self.life = self.life.max(life);
+        self.accept_again = None;
+        self.accept_stop();
+        let keys: Vec<usize> = self.slots.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            let slot = &mut self.slots[key];
+            let idle = slot.stage == Stage::Open && slot.http.phase() == Phase::Head && !slot.http.request_begun();
+            if self.life == Life::Stopping {
+                slot.reset |= !slot.is_flushed();
+                self.terminate(key);
+            } else if idle && slot.input.is_empty() {
+                slot.last = true;
+                if slot.is_flushed() {
+                    self.terminate(key);
+                }
+            } else {
+                self.schedule(key, now);
+            }
+        }
+    }
+
+    /// Connections in any stage.
+    pub fn connections(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Requests that are not answered yet.
+    pub fn unanswered(&self) -> usize {
+        self.slots.iter().filter(|(_, slot)| slot.ticket.is_some() || slot.arriving.is_some() || !slot.is_flushed()).count()
+    }
+
+    /// True when nothing is left that the kernel could report on.
+    pub fn is_quiet(&self) -> bool {
+        self.slots.is_empty() && self.listeners.iter().all(|listener| !listener.in_flight)
+    }
+}
+
+/// Accepting.
+impl Engine {
+    fn accept_all(&mut self) {
+        for (index, listener) in self.listeners.iter_mut().enumerate() {
+            if !listener.in_flight {
+                *listener = Listener { in_flight: true, stopping: false };
+                self.ops.push(Op::Accept { listener: index as ListenerIndex });
+            }
+        }
+    }
+
+    fn accept_stop(&mut self) {
+        for (index, listener) in self.listeners.iter_mut().enumerate() {
+            if listener.in_flight && !listener.stopping {
+                listener.stopping = true;
+                self.ops.push(Op::AcceptStop { listener: index as ListenerIndex });
+            }
+        }
+    }
+
+    fn accepted(&mut self, fd: i32, peer: Peer, now: Micros) {
+        self.stats.accepted.add(1);
+        if self.life != Life::Serving {
+            // It was in the kernel's queue when the stop began: its request has not been seen, so it may be tried again.
+            return self.ops.push(Op::Close { fd, reset: false });
+        }
+        self.generation = (self.generation + 1) & Token::GENERATION_MASK;
+        let entry = self.slots.vacant_entry();
+        let token = Token { slot: entry.key() as u32, generation: self.generation };
+        let key = entry.key();
+        entry.insert(Slot::new(token, fd, peer, now));
+        self.stats.open.set(self.slots.len() as u64);
+        self.receive(key);
+        self.schedule(key, now);
+        if self.slots.len() >= self.limits.connections_max {
+            self.accept_stop();
+        }
+    }
+
+    fn accept_ended(&mut self, listener: ListenerIndex, error: i32, now: Micros) {
+        self.listeners[usize::from(listener)].in_flight = false;
+        if self.life != Life::Serving {
+            return;
+        }
+        if error != 0 {
+            // EMFILE, ENFILE, ENOBUFS, ENOMEM: trying again at once would only spin.
+            self.stats.accept_pauses.add(1);
+            let why = std::io::Error::from_raw_os_error(error);
+            tracing::warn!(error = %why, "accepting pauses; try: a higher RLIMIT_NOFILE (ulimit -n) or fewer connections");
+            self.accept_again = Some(now + ACCEPT_PAUSE);
+        } else if self.slots.len() < self.limits.connections_max {
+            self.accept_all();
+        }
+    }
+
+    /// A slot is free again: there may be room for who waits in the kernel's queue.
+    fn accept_resume(&mut self) {
+        let room = self.slots.len() < self.limits.connections_max;
+        if self.life == Life::Serving && room && self.accept_again.is_none() {
+            self.accept_all();
+        }
+    }
+}
+
+/// Receiving.
+impl Engine {
+    fn receive(&mut self, key: usize) {
+        let slot = &mut self.slots[key];
+        slot.recv_in_flight = true;
+        slot.recv_stopping = false;
+        self.ops.push(Op::Recv { token: slot.token, fd: slot.fd });
+    }
+
+    fn received(&mut self, token: Token, bytes: &[u8], now: Micros) {
+        let Some(key) = self.find(token) else { return };
+        let slot = &mut self.slots[key];
+        if slot.stage != Stage::Open || slot.last {
+            slot.progress = now;
+            return;
+        }
+        if slot.input.is_empty() {
+            let used = self.advance(key, bytes, now);
+            self.keep(key, &bytes[used..]);
+        } else {
+            slot.input.extend_from_slice(bytes);
+        }
+        self.proceed(key, now);
+    }
+
+    /// Puts bytes that could not be used yet aside.
+    fn keep(&mut self, key: usize, rest: &[u8]) {
+        if !rest.is_empty() {
+            let mut input = self.take_buffer();
+            input.extend_from_slice(rest);
+            self.slots[key].input = input;
+        }
+    }
+
+    fn recv_ended(&mut self, token: Token, end: RecvEnd, now: Micros) {
+        let Some(key) = self.find(token) else { return };
+        let slot = &mut self.slots[key];
+        slot.recv_in_flight = false;
+        match (slot.stage, end) {
+            (Stage::Terminating, _) => return self.free(key),
+            (_, RecvEnd::Failed(_)) => {
+                self.stats.peer_errors.add(1);
+                return self.terminate(key);
+            }
+            (Stage::Lingering, RecvEnd::Eof) => return self.terminate(key),
+            (Stage::Lingering, _) => return self.receive(key),
+            (Stage::Open, RecvEnd::Eof) => {
+                slot.eof = true;
+                if slot.ticket.is_some() {
+                    slot.since_eof = now;
+                }
+            }
+            (Stage::Open, RecvEnd::Again | RecvEnd::NoBuffers | RecvEnd::Stopped) => {}
+        }
+        self.proceed(key, now);
+    }
+
+    /// Goes on with a connection after anything that may have cleared its way: takes up bytes put
+    /// aside, the peer's end, and the receive.
+    fn proceed(&mut self, key: usize, now: Micros) {
+        let slot = &mut self.slots[key];
+        if slot.stage != Stage::Open {
+            return;
+        }
+        if !slot.input.is_empty() && !slot.last {
+            let mut input = mem::take(&mut slot.input);
+            let used = self.advance(key, &input, now);
+            input.drain(..used);
+            self.put_input(key, input);
+        }
+        let clogged = self.slots[key].is_clogged(&self.limits);
+        let slot = &mut self.slots[key];
+        if slot.eof && !slot.last && slot.ticket.is_none() && !clogged {
+            return self.peer_closed(key, now);
+        }
+        if slot.last && slot.is_flushed() {
+            return self.finish(key, now);
+        }
+        let full = slot.input.len() >= self.limits.head_bytes_max;
+        if !slot.recv_in_flight && !slot.eof && !full {
+            self.receive(key);
+        } else if full && slot.recv_in_flight && !slot.recv_stopping {
+            slot.recv_stopping = true;
+            self.ops.push(Op::RecvStop { token: slot.token, fd: slot.fd });
+        }
+        self.schedule(key, now);
+    }
+
+    fn put_input(&mut self, key: usize, input: Vec<u8>) {
+        if input.is_empty() || self.slots[key].last {
+            self.give_buffer(input);
+        } else {
+            self.slots[key].input = input;
+        }
+    }
+
+    /// The peer has sent all that it will, and all of it was looked at.
+    fn peer_closed(&mut self, key: usize, now: Micros) {
+        let slot = &mut self.slots[key];
+        match slot.http.peer_closed(slot.input.len()) {
+            Ok(()) => {
+                slot.last = true;
+                if slot.is_flushed() {
+                    self.terminate(key);
+                } else {
+                    self.schedule(key, now);
+                }
+            }
+            Err(refusal) => {
+                self.refuse(key, refusal, now);
+                self.schedule(key, now);
+            }
+        }
+    }
+
+    /// Takes as many requests from `input` as can be dealt with now; returns how many bytes that were.
+    fn advance(&mut self, key: usize, input: &[u8], now: Micros) -> usize {
+        let mut at = 0;
+        let mut head = 0..0;
+        loop {
+            let slot = &mut self.slots[key];
+            if slot.last {
+                return input.len();
+            }
+            if slot.is_clogged(&self.limits) {
+                break;
+            }
+            let (used, event) = match slot.http.next_event(&input[at..], &mut self.head, &self.limits, self.permit) {
+                Ok(found) => found,
+                Err(refusal) => {
+                    self.refuse(key, refusal, now);
+                    return input.len();
+                }
+            };
+            let start = at;
+            at += used;
+            match event {
+                Event::NeedData | Event::Paused => break,
+                Event::Head => {
+                    head = start..at;
+                    self.head_complete(key, &input[head.clone()], at == input.len(), now);
+                }
+                Event::Body(bytes) => {
+                    slot.progress = now;
+                    slot.body_bytes += bytes.len() as u64;
+                    if let Some(exchange) = &mut slot.arriving {
+                        exchange.body.extend_from_slice(bytes);
+                    }
+                }
+                Event::End => self.request_complete(key, &input[head.clone()], now),
+            }
+        }
+        let slot = &mut self.slots[key];
+        if !slot.begun && slot.http.phase() == Phase::Head && slot.http.request_begun() {
+            slot.begun = true;
+            // The first head's time runs from the connection's beginning.
+            if slot.serial > 0 {
+                slot.since = now;
+            }
+        }
+        at
+    }
+}
+
+/// Requests and their answers.
+impl Engine {
+    /// A head is parsed into `self.head`. If a body follows, the head is copied: its bytes will be gone by then.
+    fn head_complete(&mut self, key: usize, head_bytes: &[u8], input_is_used_up: bool, now: Micros) {
+        let mut exchange = match self.head.framing {
+            Framing::None => None,
+            Framing::Length(_) | Framing::Chunked => Some(self.take_exchange()),
+        };
+        let slot = &mut self.slots[key];
+        slot.begun = false;
+        slot.serial += 1;
+        let requests_left = self.limits.keep_alive_requests_max == 0 || slot.serial < self.limits.keep_alive_requests_max;
+        let keep_alive = self.head.keep_alive && requests_left;
+        slot.context = Context { version: self.head.version, is_head: self.head.is_head, keep_alive };
+        if let Some(exchange) = &mut exchange {
+            exchange.head_bytes.extend_from_slice(head_bytes);
+            mem::swap(&mut exchange.head, &mut self.head);
+            slot.since = now;
+            slot.progress = now;
+            slot.body_bytes = 0;
+            // RFC 9110 section 10.1.1: not needed when the body is already on its way.
+            if exchange.head.expect_continue && input_is_used_up {
+                self.write(key, b"HTTP/1.1 100 Continue\r\n\r\n", now);
+            }
+        }
+        self.slots[key].arriving = exchange;
+    }
+
+    /// The whole request is here: a handler may see it.
+    fn request_complete(&mut self, key: usize, head_bytes: &[u8], now: Micros) {
+        self.stats.requests.add(1);
+        let slot = &mut self.slots[key];
+        let (arriving, peer) = (slot.arriving.take(), slot.peer);
+        let request = match &arriving {
+            Some(exchange) => Request { peer, ..exchange.request() },
+            None => Request { head: &self.head, bytes: head_bytes, body: &[], peer, ticket: None },
+        };
+        match self.handler.runs(&request) {
+            Runs::Inline => {
+                let response = run(&*self.handler, &request, &self.stats);
+                self.respond(key, response, now);
+                if let Some(exchange) = arriving {
+                    self.recycle(exchange);
+                }
+            }
+            Runs::OnPool => {
+                let exchange = arriving.unwrap_or_else(|| {
+                    let mut exchange = self.take_exchange();
+                    exchange.head_bytes.extend_from_slice(head_bytes);
+                    mem::swap(&mut exchange.head, &mut self.head);
+                    exchange
+                });
+                self.dispatch(key, exchange, now);
+            }
+        }
+    }
+
+    fn dispatch(&mut self, key: usize, mut exchange: Box<Exchange>, now: Micros) {
+        let slot = &mut self.slots[key];
+        exchange.token = slot.token;
+        exchange.serial = slot.serial;
+        exchange.peer = slot.peer;
+        slot.ticket = Some(exchange.ticket.clone());
+        slot.since = now;
+        slot.since_eof = now;
+        self.dispatch.push(exchange);
+    }
+
+    /// Answers the request that is in `Handling`.
+    fn respond(&mut self, key: usize, response: Response, now: Micros) {
+        let slot = &mut self.slots[key];
+        slot.ticket = None;
+        slot.http.respond();
+        self.answer(key, response, now);
+    }
+
+    /// Answers a request that broke a rule (`http` is in `Responding` already), and serves nothing after it.
+    fn refuse(&mut self, key: usize, refusal: Refusal, now: Micros) {
+        self.stats.refused(refusal);
+        let slot = &mut self.slots[key];
+        tracing::info!(reason = refusal.reason(), status = refusal.status(), peer = %slot.peer, "refused: {}", refusal.explain());
+        slot.context = Context { version: Version::Http11, is_head: false, keep_alive: false };
+        if let Some(exchange) = slot.arriving.take() {
+            self.recycle(exchange);
+        }
+        let input = mem::take(&mut self.slots[key].input);
+        self.give_buffer(input);
+        self.answer(key, response::refusal(refusal), now);
+    }
+
+    /// Writes an answer behind the others of the connection.
+    fn answer(&mut self, key: usize, mut response: Response, now: Micros) {
+        self.prepare_output(key, now);
+        let slot = &mut self.slots[key];
+        let keep_alive = slot.context.keep_alive && self.life == Life::Serving && !response::wants_close(&response);
+        let context = Context { keep_alive, ..slot.context };
+        let body_follows = response::write_head(&mut slot.output, &response, context, &self.preamble).unwrap_or_else(|fault| {
+            self.stats.faults.add(1);
+            tracing::error!("{}; answered 500", fault.explain());
+            response = internal_error();
+            response::write_head(&mut slot.output, &response, context, &self.preamble).expect("our own answer is valid")
+        });
+        self.stats.answers[usize::from(response.status / 100)].add(1);
+        slot.since = now;
+        slot.keep_alive = keep_alive;
+        slot.last = !keep_alive;
+        if body_follows && response.body.len() <= BODY_COPIED_BYTES_MAX {
+            slot.output.extend_from_slice(response.body.bytes());
+        } else if body_follows {
+            slot.body = body_chunk(response.body);
+        }
+        if slot.body.is_none() {
+            slot.http.flushed(keep_alive);
+        }
+    }
+
+    /// Appends bytes to the connection's output.
+    fn write(&mut self, key: usize, bytes: &[u8], now: Micros) {
+        self.prepare_output(key, now);
+        self.slots[key].output.extend_from_slice(bytes);
+    }
+
+    fn prepare_output(&mut self, key: usize, now: Micros) {
+        if self.slots[key].output.capacity() == 0 {
+            self.slots[key].output = self.take_buffer();
+        }
+        let slot = &mut self.slots[key];
+        if slot.is_flushed() {
+            // The time for sending begins with the first byte that waits.
+            slot.progress = now;
+        }
+        if !slot.dirty {
+            slot.dirty = true;
+            self.dirty.push(slot.token);
+        }
+    }
+}
+
+/// Sending.
+impl Engine {
+    /// Hands what waits on a connection to the driver, unless something of it is already there.
+    fn flush(&mut self, token: Token, now: Micros) {
+        let Some(key) = self.find(token) else { return };
+        let slot = &mut self.slots[key];
+        slot.dirty = false;
+        if slot.send_in_flight || slot.stage != Stage::Open {
+            return;
+        }
+        let chunk = if slot.output.is_empty() {
+            slot.sending_body = true;
+            slot.body.take()
+        } else {
+            slot.sending_body = false;
+            Some(Chunk::owned(mem::take(&mut slot.output)))
+        };
+        if let Some(chunk) = chunk {
+            slot.send_in_flight = true;
+            self.ops.push(Op::Send { token, fd: slot.fd, chunk });
+            self.schedule(key, now);
+        }
+    }
+
+    fn sent(&mut self, token: Token, mut chunk: Chunk, result: Result<usize, i32>, now: Micros) {
+        let Some(key) = self.find(token) else { return };
+        let slot = &mut self.slots[key];
+        slot.send_in_flight = false;
+        if slot.stage == Stage::Terminating {
+            self.give_chunk(chunk);
+            return self.free(key);
+        }
+        let sent = match result {
+            Ok(sent @ 1..) => sent,
+            Ok(0) | Err(_) => {
+                self.stats.peer_errors.add(1);
+                self.give_chunk(chunk);
+                return self.terminate(key);
+            }
+        };
+        slot.progress = now;
+        chunk.start += sent;
+        if chunk.is_empty() && slot.sending_body {
+            chunk.end = (chunk.start + BODY_PIECE_BYTES).min(chunk.payload_len());
+        }
+        if !chunk.is_empty() {
+            slot.send_in_flight = true;
+            return self.ops.push(Op::Send { token, fd: slot.fd, chunk });
+        }
+        if slot.sending_body {
+            let keep_alive = slot.keep_alive;
+            slot.http.flushed(keep_alive);
+            slot.since = now;
+        }
+        self.give_chunk(chunk);
+        let slot = &mut self.slots[key];
+        if !slot.is_flushed() && !slot.dirty {
+            slot.dirty = true;
+            self.dirty.push(token);
+        }
+        self.proceed(key, now);
+    }
+}
+
+/// The end of a connection.
+impl Engine {
+    /// The last answer is with the kernel: shuts our side, and gives the peer time to read it.
+    fn finish(&mut self, key: usize, now: Micros) {
+        let slot = &mut self.slots[key];
+        if slot.eof {
+            return self.terminate(key);
+        }
+        slot.stage = Stage::Lingering;
+        slot.progress = now;
+        slot.linger_until = now + LINGER_TOTAL;
+        self.ops.push(Op::Shutdown { fd: slot.fd, how: Shutdown::Write });
+        if !slot.recv_in_flight {
+            self.receive(key);
+        }
+        self.schedule(key, now);
+    }
+
+    /// Ends everything that is in flight on the connection, then closes it.
+    fn terminate(&mut self, key: usize) {
+        let slot = &mut self.slots[key];
+        if slot.stage == Stage::Terminating {
+            return;
+        }
+        slot.stage = Stage::Terminating;
+        if let Some(ticket) = slot.ticket.take() {
+            ticket.disconnect();
+            if ticket.withdraw() {
+                self.stats.withdrawn.add(1);
+            }
+        }
+        if !slot.is_quiet() {
+            self.ops.push(Op::Shutdown { fd: slot.fd, how: Shutdown::Both });
+        }
+        let (input, output, arriving) = (mem::take(&mut slot.input), mem::take(&mut slot.output), slot.arriving.take());
+        slot.body = None;
+        self.give_buffer(input);
+        self.give_buffer(output);
+        if let Some(exchange) = arriving {
+            self.recycle(exchange);
+        }
+        self.free(key);
+    }
+
+    /// Closes a terminating connection once nothing of it is in flight.
+    fn free(&mut self, key: usize) {
+        if self.slots[key].is_quiet() {
+            let slot = self.slots.remove(key);
+            self.ops.push(Op::Close { fd: slot.fd, reset: slot.reset });
+            self.stats.open.set(self.slots.len() as u64);
+            self.accept_resume();
+        }
+    }
+}
+
+/// Deadlines.
+impl Engine {
+    #[inline]
+    fn schedule(&mut self, key: usize, now: Micros) {
+        let slot = &mut self.slots[key];
+        if let Some(due) = self.periods.due(slot, now) {
+            self.deadlines.schedule(slot.token, due, &mut slot.entry);
+        }
+    }
+
+    fn expire(&mut self, now: Micros) {
+        if self.accept_again.is_some_and(|again| again <= now) {
+            self.accept_again = None;
+            self.accept_resume();
+        }
+        let mut expired = mem::take(&mut self.expired);
+        self.deadlines.expire(now, &mut expired);
+        for (token, tick) in expired.drain(..) {
+            let Some(key) = self.slots.get(token.slot as usize).filter(|slot| slot.token == token).map(|_| token.slot as usize) else {
+                continue;
+            };
+            if self.slots[key].entry == tick {
+                self.slots[key].entry = NO_ENTRY;
+                self.expire_slot(key, now);
+            }
+        }
+        self.expired = expired;
+    }
+
+    /// A connection's entry came up: acts when its time is really over, else puts it in again.
+    fn expire_slot(&mut self, key: usize, now: Micros) {
+        let slot = &mut self.slots[key];
+        let periods = &self.periods;
+        if slot.stage == Stage::Terminating {
+            return;
+        }
+        if slot.stage == Stage::Lingering {
+            if periods.due(slot, now).is_some_and(|due| due <= now) {
+                return self.terminate(key);
+            }
+        } else if !slot.is_flushed() && slot.progress + periods.send <= now {
+            self.stats.send_timeouts.add(1);
+            tracing::info!(peer = %slot.peer, "reset: the client does not read its answer");
+            slot.reset = true;
+            return self.terminate(key);
+        } else if slot.ticket.is_some() {
+            return self.expire_handling(key, now);
+        } else if slot.http.phase() == Phase::Body {
+            let elapsed = now - slot.since;
+            let too_slow = u128::from(slot.body_bytes) * 1_000_000 < u128::from(periods.body_rate_min) * u128::from(elapsed);
+            if slot.progress + periods.body_idle <= now {
+                slot.http.fail();
+                self.refuse(key, Refusal::BodyTimeout, now);
+            } else if elapsed >= periods.body_rate_grace && too_slow {
+                slot.http.fail();
+                self.refuse(key, Refusal::BodyTooSlow, now);
+            }
+        } else if slot.http.phase() == Phase::Head && slot.is_flushed() {
+            if slot.begun && slot.since + periods.head <= now {
+                slot.http.fail();
+                self.refuse(key, Refusal::HeadTimeout, now);
+            } else if !slot.begun && slot.since + periods.idle(slot) <= now {
+                return self.terminate(key);
+            }
+        }
+        self.schedule(key, now);
+    }
+
+    fn expire_handling(&mut self, key: usize, now: Micros) {
+        let slot = &mut self.slots[key];
+        let ticket = slot.ticket.clone().expect("a request with a handler");
+        match ticket.progress() {
+            Progress::Waiting if slot.eof && slot.since_eof + HALF_CLOSED_WAIT <= now => return self.terminate(key),
+            Progress::Waiting if slot.since + self.periods.queue <= now && ticket.withdraw() => {
+                self.stats.queue_timeouts.add(1);
+                tracing::warn!(peer = %slot.peer, "answered 503: no handler was free in time; try: more --handlers, or a longer --queue-timeout");
+                self.respond(key, response::unavailable("The server is busy.\n"), now);
+            }
+            Progress::RunningSince(since) if since + self.periods.run <= now => {
+                self.stats.run_timeouts.add(1);
+                tracing::warn!(peer = %slot.peer, "answered 504: the handler takes too long; try: a longer --timeout");
+                ticket.disconnect();
+                self.respond(key, Response::text("The application took too long to answer.\n").status(504), now);
+            }
+            _ => return self.schedule(key, now),
+        }
+        self.proceed(key, now);
+    }
+}
+
+impl Periods {
+    /// When the connection has to be looked at again, if ever.
+    #[inline]
+    fn due(&self, slot: &Slot, now: Micros) -> Option<Micros> {
+        match slot.stage {
+            Stage::Terminating => return None,
+            Stage::Lingering => return Some((slot.progress + self.linger).min(slot.linger_until)),
+            Stage::Open => {}
+        }
+        let send = if slot.is_flushed() { None } else { Some(slot.progress + self.send) };
+        let phase = match &slot.ticket {
+            Some(ticket) => match ticket.progress() {
+                Progress::RunningSince(since) => Some(since + self.run),
+                // It may start at any moment, and the shortest limit must not be missed then.
+                _ if slot.eof => Some((slot.since_eof + HALF_CLOSED_WAIT).max(now)),
+                _ => Some((slot.since + self.queue).min(now + self.run)),
+            },
+            None => match slot.http.phase() {
+                Phase::Head if slot.begun => Some(slot.since + self.head),
+                Phase::Head => Some(slot.since + self.idle(slot)),
+                Phase::Body => {
+                    let rate = (slot.since + self.body_rate_grace).max(now + 1_000_000);
+                    Some((slot.progress + self.body_idle).min(rate))
+                }
+                Phase::Handling | Phase::Responding | Phase::Closing => None,
+            },
+        };
+        [send, phase].into_iter().flatten().min()
+    }
+
+    /// How long a connection may say nothing between requests, or before the first.
+    fn idle(&self, slot: &Slot) -> Micros {
+        if slot.serial == 0 { self.head } else { self.keep_alive }
+    }
+}
+
+/// Things used again.
+impl Engine {
+    /// The slot that a completion is about. `None`: it is already someone else's, which must not happen.
+    #[inline]
+    fn find(&self, token: Token) -> Option<usize> {
+        let key = token.slot as usize;
+        match self.slots.get(key) {
+            Some(slot) if slot.token == token => Some(key),
+            _ => {
+                self.stats.stale.add(1);
+                None
+            }
+        }
+    }
+
+    fn take_buffer(&mut self) -> Vec<u8> {
+        self.buffers.pop().unwrap_or_else(|| Vec::with_capacity(BUFFER_BYTES))
+    }
+
+    fn give_buffer(&mut self, mut buffer: Vec<u8>) {
+        if (1..=BUFFER_KEPT_BYTES).contains(&buffer.capacity()) && self.buffers.len() < BUFFERS_KEPT {
+            buffer.clear();
+            self.buffers.push(buffer);
+        }
+    }
+
+    fn give_chunk(&mut self, chunk: Chunk) {
+        if let Payload::Owned(buffer) = chunk.payload {
+            self.give_buffer(buffer);
+        }
+    }
+
+    fn take_exchange(&mut self) -> Box<Exchange> {
+        self.exchanges.pop().unwrap_or_default()
+    }
+
+    fn recycle(&mut self, mut exchange: Box<Exchange>) {
+        if self.exchanges.len() < EXCHANGES_KEPT && Arc::get_mut(&mut exchange.ticket).is_some() {
+            exchange.ticket.reset();
+            exchange.head_bytes.clear();
+            exchange.body.clear();
+            exchange.body.shrink_to(BUFFER_KEPT_BYTES);
+            self.exchanges.push(exchange);
+        }
+    }
+}
+
+/// Calls a handler. Whatever it does, there is an answer.
+pub fn run(handler: &dyn Handler, request: &Request<'_>, stats: &Stats) -> Response {
+    // A handler may leave its own state in disorder when it panics; ours is not touched by it.
+    catch_unwind(AssertUnwindSafe(|| handler.handle(request))).unwrap_or_else(|_| {
+        stats.panics.add(1);
+        tracing::error!(method = request.method(), path = request.path(), "the handler panicked; answered 500");
+        internal_error()
+    })
+}
+
+fn internal_error() -> Response {
+    Response::text("Internal server error.\n").status(500)
+}
+
+fn body_chunk(body: Body) -> Option<Chunk> {
+    let end = body.len().min(BODY_PIECE_BYTES);
+    let payload = match body {
+        Body::Empty => return None,
+        Body::Static(bytes) => Payload::Static(bytes),
+        Body::Owned(bytes) => Payload::Owned(bytes),
+        Body::Shared(bytes) => Payload::Shared(bytes),
+    };
+    Some(Chunk { payload, start: 0, end })
+}

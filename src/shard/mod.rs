@@ -1,0 +1,111 @@
+//! One core: its thread, its driver, its engine, and the loop that joins them.
+
+pub mod deadlines;
+pub mod engine;
+pub mod slot;
+
+use std::{
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use crate::{
+    driver::{Driver, waker::Waker},
+    exchange::Micros,
+    pool::{Clock, Desk},
+    shard::engine::{Engine, Life},
+};
+
+/// After a forced stop, the kernel is given this long to report the end of what it has in flight.
+const STOP_WAIT: Micros = 2_000_000;
+
+/// How the rest of the process tells the shards to end.
+#[derive(Debug, Default)]
+pub struct Control {
+    life: AtomicU8,
+    wakers: Mutex<Vec<Waker>>,
+}
+
+impl Control {
+    /// Every shard hears of it at once. There is no way back.
+    pub fn wind_down(&self, life: Life) {
+        self.life.fetch_max(life as u8, Ordering::SeqCst);
+        self.wakers.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).iter().for_each(Waker::wake);
+    }
+
+    pub fn register(&self, waker: Waker) {
+        self.wakers.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(waker);
+    }
+
+    pub fn life(&self) -> Life {
+        match self.life.load(Ordering::SeqCst) {
+            0 => Life::Serving,
+            1 => Life::Draining,
+            _ => Life::Stopping,
+        }
+    }
+}
+
+/// Serves until it is told to end.
+///
+/// Returns how many requests were not answered when the drain limit was over.
+///
+/// # Errors
+/// Only when the driver itself fails; no peer can cause that.
+pub fn run(driver: &mut dyn Driver, engine: &mut Engine, desk: &Desk, control: &Arc<Control>, clock: Clock, drain: Duration) -> io::Result<usize> {
+    let waker = driver.waker();
+    let mut second = 0;
+    let mut drain_until = None;
+    let mut stop_until = None;
+    let mut lost = 0;
+    loop {
+        let now = clock.now();
+        if now / 1_000_000 != second {
+            second = now / 1_000_000;
+            engine.set_date(SystemTime::now());
+        }
+        while let Some(exchange) = desk.answer() {
+            engine.answered(exchange, now);
+        }
+        if control.life() >= Life::Draining && drain_until.is_none() {
+            drain_until = Some(now + drain.as_micros() as Micros);
+            engine.wind_down(Life::Draining, now);
+        }
+        let drained_out = drain_until.is_some_and(|until| until <= now);
+        if stop_until.is_none() && (control.life() == Life::Stopping || drained_out) {
+            lost = engine.unanswered();
+            stop_until = Some(now + STOP_WAIT);
+            engine.wind_down(Life::Stopping, now);
+        }
+        let over = stop_until.is_some_and(|until| until <= now);
+        if over || drain_until.is_some() && engine.is_quiet() && engine.ops.is_empty() {
+            return Ok(lost);
+        }
+
+        for exchange in std::mem::take(&mut engine.dispatch) {
+            if let Err(exchange) = desk.offer(exchange) {
+                engine.queue_full(exchange, now);
+            }
+        }
+        engine.end_turn(now);
+        engine.ops.drain(..).for_each(|op| driver.push(op));
+
+        waker.sleep();
+        let more = desk.has_answer() || control.life() as u8 > 0 && stop_until.is_none() && drain_until.is_none();
+        let deadlines = [engine.next_deadline(), drain_until.filter(|_| stop_until.is_none()), stop_until];
+        let timeout = match deadlines.into_iter().flatten().min() {
+            _ if more || engine.is_quiet() && drain_until.is_some() => Some(Duration::ZERO),
+            Some(due) => Some(Duration::from_micros(due.saturating_sub(now))),
+            None => None,
+        };
+        let mut woken_at = None;
+        driver.wait(timeout, &mut |completion| {
+            let now = *woken_at.get_or_insert_with(|| clock.now());
+            engine.handle(completion, now);
+        })?;
+    }
+}

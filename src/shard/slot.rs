@@ -1,0 +1,135 @@
+//! One client connection: what the engine knows of it, and when its slot is free again.
+//!
+//! ```text
+//!   Open --last answer sent--> Lingering --peer's end, or time--> Terminating --nothing in flight--> free
+//!     +-------------------- error, timeout, peer's end --------------^
+//! ```
+//!
+//! A slot leaves `Terminating` only when neither its receive nor its send is in flight, because the number of a closed
+//! descriptor goes to the next connection at once (kernel-notes/cancel-and-close.md).
+
+use std::{os::fd::RawFd, sync::Arc};
+
+use super::deadlines::{NO_ENTRY, Tick};
+use crate::{
+    config::Limits,
+    driver::{Chunk, Peer, Token},
+    exchange::{Exchange, Micros, Ticket},
+    http1::{Connection, Version, response::Context},
+};
+
+/// Where a connection stands between accept and close.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Open,
+    /// The last answer is sent and our side shut; what still comes is dropped, so that the peer can
+    /// read the answer before it meets a reset (RFC 9112 section 9.6).
+    Lingering,
+    /// Waits for what is in flight to end.
+    Terminating,
+}
+
+pub struct Slot {
+    pub token: Token,
+    pub fd: RawFd,
+    pub peer: Peer,
+    pub stage: Stage,
+    pub http: Connection,
+    /// Bytes received and not yet consumed. Without capacity while empty, so that idle connections cost none.
+    pub input: Vec<u8>,
+    /// Answers not yet handed to the driver. Without capacity while empty.
+    pub output: Vec<u8>,
+    /// A large body that follows `output`; the next request waits until it is sent.
+    pub body: Option<Chunk>,
+    /// The request whose body is arriving.
+    pub arriving: Option<Box<Exchange>>,
+    /// The request that a handler has.
+    pub ticket: Option<Arc<Ticket>>,
+    /// Counts the requests, complete or refused.
+    pub serial: u64,
+
+    /// A receive is in flight; `recv_stopping`: and it was told to stop.
+    pub recv_in_flight: bool,
+    pub recv_stopping: bool,
+    /// A send is in flight; `sending_body`: and it is of `body`.
+    pub send_in_flight: bool,
+    pub sending_body: bool,
+    /// In the engine's list of slots to look at before the turn ends.
+    pub dirty: bool,
+    /// The peer has ended its sending side.
+    pub eof: bool,
+    /// The last answer is in `output`: nothing is served after it.
+    pub last: bool,
+    /// What the answer to the present request depends on.
+    pub context: Context,
+    /// Whether another request may follow the answer being sent.
+    pub keep_alive: bool,
+    /// A byte of the next request's head has come.
+    pub begun: bool,
+    /// Close with a RST: the peer does not read, so nothing polite would reach it.
+    pub reset: bool,
+
+    /// When the present phase began: the connection or request head, the body, the wait for a handler, the idling.
+    pub since: Micros,
+    /// When the peer ended its side while a handler had its request.
+    pub since_eof: Micros,
+    /// When bytes last came (body) or went (answer).
+    pub progress: Micros,
+    /// Body bytes since `since`.
+    pub body_bytes: u64,
+    /// When the present lingering is over for good.
+    pub linger_until: Micros,
+    /// The entry in the wheel.
+    pub entry: Tick,
+}
+
+impl Slot {
+    pub fn new(token: Token, fd: RawFd, peer: Peer, now: Micros) -> Slot {
+        Slot {
+            token,
+            fd,
+            peer,
+            stage: Stage::Open,
+            http: Connection::new(),
+            input: Vec::new(),
+            output: Vec::new(),
+            body: None,
+            arriving: None,
+            ticket: None,
+            serial: 0,
+            recv_in_flight: false,
+            recv_stopping: false,
+            send_in_flight: false,
+            sending_body: false,
+            dirty: false,
+            eof: false,
+            last: false,
+            context: Context { version: Version::Http11, is_head: false, keep_alive: false },
+            keep_alive: false,
+            begun: false,
+            reset: false,
+            since: now,
+            since_eof: now,
+            progress: now,
+            body_bytes: 0,
+            linger_until: 0,
+            entry: NO_ENTRY,
+        }
+    }
+
+    /// Nothing the kernel could still touch, write or report.
+    pub fn is_quiet(&self) -> bool {
+        !self.recv_in_flight && !self.send_in_flight
+    }
+
+    /// Too much waits for the peer to read, or a large body does: the next request must wait too.
+    pub fn is_clogged(&self, limits: &Limits) -> bool {
+        let body = self.body.is_some() || self.send_in_flight && self.sending_body;
+        body || self.output.len() >= limits.response_buffer_bytes_max
+    }
+
+    /// Every answer byte is with the kernel.
+    pub fn is_flushed(&self) -> bool {
+        !self.send_in_flight && self.output.is_empty() && self.body.is_none()
+    }
+}
