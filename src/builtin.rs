@@ -1,6 +1,6 @@
 //! The targets that come with the server: `builtin:welcome`, `hello`, `hello-pool`, `echo`, `sleep`.
 
-use std::{borrow::Cow, thread, time::Duration};
+use std::{borrow::Cow, io::Read, thread, time::Duration};
 
 use serde_json::json;
 
@@ -11,6 +11,9 @@ use crate::{
 
 /// The longest that `builtin:sleep` sleeps.
 const SLEEP_MAX: Duration = Duration::from_secs(3600);
+
+/// The largest body that `builtin:echo` repeats: its answer is made in memory.
+const ECHO_BYTES_MAX: u64 = 64 << 20;
 
 /// A built-in target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +72,10 @@ fn echo(request: &Request<'_>) -> Response {
         Peer::Inet(address) => address.to_string(),
         Peer::Unix => "unix".to_owned(),
     };
+    let mut body = Vec::new();
+    if request.body().len() > ECHO_BYTES_MAX || request.body().read_to_end(&mut body).is_err() {
+        return Response::text("builtin:echo repeats bodies of 64 MiB at most\n").status(413);
+    }
     let seen = json!({
         "method": request.method(),
         "target": request.target(),
@@ -76,7 +83,7 @@ fn echo(request: &Request<'_>) -> Response {
         "query": request.query(),
         "version": request.version(),
         "headers": headers,
-        "body": latin1(request.body()),
+        "body": latin1(&body),
         "remote": remote,
     });
     Response::json(seen.to_string())

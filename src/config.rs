@@ -21,6 +21,8 @@ pub struct Config {
     pub backend: Backend,
     pub limits: Limits,
     pub timeouts: Timeouts,
+    /// Where files of large bodies are made: on a disk, not in memory. They have no name, so none is ever left behind.
+    pub spool_directory: PathBuf,
     /// Length of each listener's queue in the kernel, in connections (listen(2), capped by
     /// net.core.somaxconn). 4,096 is the kernel's own cap since 5.4; nginx says 511, gunicorn 2,048.
     pub backlog: u32,
@@ -40,6 +42,7 @@ impl Default for Config {
             backend: Backend::Auto,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
+            spool_directory: PathBuf::from("/var/tmp"),
             backlog: 4096,
             server_name: Some("uringd".to_owned()),
             permit: Permit::default(),
@@ -91,10 +94,23 @@ pub struct Limits {
     pub head_bytes_max: usize,
     /// Longest request body, in bytes after decoding; beyond it: 413. waitress 1 GiB, nginx 1 MiB, gunicorn none.
     pub body_bytes_max: u64,
+    /// Of a request body, this much is kept in memory, in bytes; a longer one goes into an unlinked file. nginx 16 KiB,
+    /// waitress 512 KiB.
+    pub body_memory_bytes_max: usize,
+    /// Request body bytes in memory per core, all connections together; beyond it, requests with bodies get 503.
+    pub body_memory_total_bytes_max: usize,
+    /// What files of request and response bodies may take up, in bytes, in the whole process; beyond it, request
+    /// bodies get 507 and handlers that stream wait.
+    pub spool_bytes_max: u64,
+    /// What one streamed response may take up in its file, in bytes, when its client reads slowly; beyond it, its
+    /// handler waits.
+    pub response_spool_bytes_max: u64,
     /// Longest line that introduces a chunk (size and extensions), in bytes; beyond it: 400.
     pub chunk_line_bytes_max: usize,
     /// Connections per core; more wait in the kernel's queue. Bounded by RLIMIT_NOFILE as well.
     pub connections_max: usize,
+    /// Connections per client address and core, if limited; more are reset at once.
+    pub connections_per_ip_max: Option<usize>,
     /// Complete requests that wait for a handler, per core; more get 503 with Retry-After.
     pub queue_max: usize,
     /// Response bytes that one connection may have waiting in memory before its next pipelined request is
@@ -113,8 +129,13 @@ impl Default for Limits {
             field_bytes_max: 8 << 10,
             head_bytes_max: 16 << 10,
             body_bytes_max: 1 << 30,
+            body_memory_bytes_max: 64 << 10,
+            body_memory_total_bytes_max: 256 << 20,
+            spool_bytes_max: 16 << 30,
+            response_spool_bytes_max: 1 << 30,
             chunk_line_bytes_max: 1 << 10,
             connections_max: 16_384,
+            connections_per_ip_max: None,
             queue_max: 1024,
             response_buffer_bytes_max: 1 << 20,
             keep_alive_requests_max: 0,
@@ -139,6 +160,10 @@ pub struct Timeouts {
     pub run: Duration,
     /// Longest time without progress in sending; then the connection is reset.
     pub send: Duration,
+    /// Slowest reading of answers that wait, in bytes per second, looked at once they have waited `send_rate_grace`; then
+    /// the connection is reset.
+    pub send_rate_min: u64,
+    pub send_rate_grace: Duration,
     /// Longest pause between two requests of a connection; then it is closed.
     pub keep_alive: Duration,
     /// Longest time that a stop waits for requests in progress.
@@ -158,6 +183,8 @@ impl Default for Timeouts {
             queue: Duration::from_secs(30),
             run: Duration::from_secs(30),
             send: Duration::from_secs(60),
+            send_rate_min: 500,
+            send_rate_grace: Duration::from_secs(10),
             keep_alive: Duration::from_secs(15),
             drain: Duration::from_secs(30),
             linger: Duration::from_secs(2),

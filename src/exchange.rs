@@ -11,15 +11,19 @@
 //!
 //! Both steps are one compare-and-swap, so exactly one side wins: what was refused is never run.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+use std::{
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use crate::{
     driver::{Peer, Token},
-    handler::{Request, Response},
+    handler::{BodySource, Request, Response},
     http1::Head,
+    shard::engine::Reserved,
 };
 
 /// Microseconds on CLOCK_MONOTONIC since the process began to serve; never 0 or 1.
@@ -35,7 +39,13 @@ pub struct Exchange {
     pub head: Head,
     /// The bytes of the head; its spans point in here.
     pub head_bytes: Vec<u8>,
+    /// The body, or what of it is not in `file` yet.
     pub body: Vec<u8>,
+    /// Where a large body goes, and how much of it is there.
+    pub file: Option<Arc<File>>,
+    pub file_bytes: u64,
+    /// What the file takes of the quota.
+    pub reserved: Option<Reserved>,
     pub peer: Peer,
     pub ticket: Arc<Ticket>,
     /// `None` until a handler has answered; stays so when it was withdrawn.
@@ -50,6 +60,9 @@ impl Exchange {
             head: Head::default(),
             head_bytes: Vec::new(),
             body: Vec::new(),
+            file: None,
+            file_bytes: 0,
+            reserved: None,
             peer: Peer::Unix,
             ticket: Arc::default(),
             response: None,
@@ -57,7 +70,11 @@ impl Exchange {
     }
 
     pub fn request(&self) -> Request<'_> {
-        Request { head: &self.head, bytes: &self.head_bytes, body: &self.body, peer: self.peer, ticket: Some(&self.ticket) }
+        let body = match &self.file {
+            Some(file) => BodySource::File { file, length: self.file_bytes },
+            None => BodySource::Memory(&self.body),
+        };
+        Request { head: &self.head, bytes: &self.head_bytes, body, peer: self.peer, ticket: Some(&self.ticket) }
     }
 }
 

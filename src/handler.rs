@@ -2,12 +2,20 @@
 //!
 //! A handler never sees a socket, an unfinished request or a slow client; that is the ring thread's work.
 
-use std::{borrow::Cow, str, sync::Arc};
+use std::{
+    borrow::Cow,
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    os::unix::fs::FileExt,
+    str,
+    sync::Arc,
+};
 
 use crate::{
     driver::Peer,
     exchange::Ticket,
     http1::{Head, Version},
+    stream::{Credit, Stream, StreamWriter},
 };
 
 /// Answers requests. Closures `Fn(&Request) -> impl Into<Response>` are handlers.
@@ -48,7 +56,7 @@ pub struct Request<'a> {
     pub(crate) head: &'a Head,
     /// The bytes that the head's spans point into.
     pub(crate) bytes: &'a [u8],
-    pub(crate) body: &'a [u8],
+    pub(crate) body: BodySource<'a>,
     pub(crate) peer: Peer,
     pub(crate) ticket: Option<&'a Ticket>,
 }
@@ -94,9 +102,17 @@ impl<'a> Request<'a> {
         self.headers().find(|field| field.0.eq_ignore_ascii_case(name)).map(|field| field.1)
     }
 
-    /// The whole body, decoded; empty when there is none.
-    pub fn body(&self) -> &'a [u8] {
-        self.body
+    /// The whole body, decoded, to be read from the start. It never waits for the client.
+    pub fn body(&self) -> RequestBody<'a> {
+        RequestBody { source: self.body, position: 0 }
+    }
+
+    /// The whole body at once, when it is in memory: always, up to 64 KiB (`--body-memory`). `None`: it is in a file.
+    pub fn body_bytes(&self) -> Option<&'a [u8]> {
+        match self.body {
+            BodySource::Memory(bytes) => Some(bytes),
+            BodySource::File { .. } => None,
+        }
     }
 
     /// Who sent it.
@@ -107,6 +123,71 @@ impl<'a> Request<'a> {
     /// True once the client is known to be gone: nobody will read the answer.
     pub fn client_disconnected(&self) -> bool {
         self.ticket.is_some_and(Ticket::client_disconnected)
+    }
+}
+
+/// Where a request's body is.
+#[derive(Clone, Copy)]
+pub(crate) enum BodySource<'a> {
+    Memory(&'a [u8]),
+    File { file: &'a File, length: u64 },
+}
+
+/// A request's body: complete, so that reading it never waits for the client.
+#[derive(Clone)]
+pub struct RequestBody<'a> {
+    source: BodySource<'a>,
+    position: u64,
+}
+
+impl RequestBody<'_> {
+    /// Length of the whole body, in bytes.
+    pub fn len(&self) -> u64 {
+        match self.source {
+            BodySource::Memory(bytes) => bytes.len() as u64,
+            BodySource::File { length, .. } => length,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The unlinked file that a large body is in; its own offset means nothing.
+    pub fn file(&self) -> Option<&File> {
+        match self.source {
+            BodySource::Memory(_) => None,
+            BodySource::File { file, .. } => Some(file),
+        }
+    }
+}
+
+impl Read for RequestBody<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.len().saturating_sub(self.position);
+        let wanted = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        let read = match self.source {
+            BodySource::Memory(bytes) => {
+                let start = bytes.len() - left as usize;
+                buffer[..wanted].copy_from_slice(&bytes[start..start + wanted]);
+                wanted
+            }
+            BodySource::File { file, .. } => file.read_at(&mut buffer[..wanted], self.position)?,
+        };
+        self.position += read as u64;
+        Ok(read)
+    }
+}
+
+impl Seek for RequestBody<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let target = match to {
+            SeekFrom::Start(offset) => Some(offset),
+            SeekFrom::End(offset) => self.len().checked_add_signed(offset),
+            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
+        };
+        self.position = target.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.position)
     }
 }
 
@@ -135,6 +216,10 @@ pub enum Body {
     Owned(Vec<u8>),
     /// Sent to many without a copy each.
     Shared(Arc<[u8]>),
+    /// `length` bytes of a file from `offset` on, read off the ring thread while they are sent.
+    File { file: Arc<File>, offset: u64, length: u64 },
+    /// Made while it is sent: see [`Body::stream`].
+    Stream(Stream),
 }
 
 impl Response {
@@ -192,21 +277,52 @@ impl Response {
 }
 
 impl Body {
-    pub fn len(&self) -> usize {
-        self.bytes().len()
+    /// A body of unknown length that `write` makes on the handler's thread, while what is there is being sent.
+    ///
+    /// The thread is free as soon as the last byte is taken in: in memory first, then in a file, so it works
+    /// at the disk's speed, not the client's. An error of `write`, or a panic, ends the connection before the body's end,
+    /// so that the client can tell.
+    ///
+    /// ```
+    /// use std::io::Write;
+    /// use uringd::{Body, Response};
+    ///
+    /// let response = Response::new(200).content_type("text/plain").body(Body::stream(|out| {
+    ///     (0..1000).try_for_each(|line| writeln!(out, "line {line}"))
+    /// }));
+    /// ```
+    pub fn stream(write: impl FnOnce(&mut StreamWriter<'_>) -> io::Result<()> + Send + 'static) -> Body {
+        Body::Stream(Stream { length: None, source: Some(Box::new(write)), credit: Arc::new(Credit::default()) })
+    }
+
+    /// The same with a length that is known, and told to the client. More is cut off; less ends the connection.
+    pub fn stream_sized(length: u64, write: impl FnOnce(&mut StreamWriter<'_>) -> io::Result<()> + Send + 'static) -> Body {
+        Body::Stream(Stream { length: Some(length), source: Some(Box::new(write)), credit: Arc::new(Credit::default()) })
+    }
+
+    /// All of a regular file as it is now.
+    ///
+    /// # Errors
+    /// fstat(2)'s.
+    pub fn file(file: File) -> io::Result<Body> {
+        let length = file.metadata()?.len();
+        Ok(Body::File { file: Arc::new(file), offset: 0, length })
+    }
+
+    /// Length in bytes; `None` when only its end will tell.
+    pub fn len(&self) -> Option<u64> {
+        match self {
+            Body::Empty => Some(0),
+            Body::Static(bytes) => Some(bytes.len() as u64),
+            Body::Owned(bytes) => Some(bytes.len() as u64),
+            Body::Shared(bytes) => Some(bytes.len() as u64),
+            Body::File { length, .. } => Some(*length),
+            Body::Stream(stream) => stream.length,
+        }
     }
 
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    pub(crate) fn bytes(&self) -> &[u8] {
-        match self {
-            Body::Empty => &[],
-            Body::Static(bytes) => bytes,
-            Body::Owned(bytes) => bytes,
-            Body::Shared(bytes) => bytes,
-        }
+        self.len() == Some(0)
     }
 }
 

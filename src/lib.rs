@@ -3,6 +3,7 @@
 pub mod builtin;
 pub mod cli;
 pub mod config;
+pub mod disk;
 pub mod driver;
 pub mod error;
 pub mod exchange;
@@ -13,10 +14,12 @@ pub mod pool;
 pub mod server;
 pub mod shard;
 pub mod stats;
+pub mod stream;
 
 pub use crate::{
     config::Config,
     error::{Error, Result},
-    handler::{Body, Handler, Request, Response, Runs},
+    handler::{Body, Handler, Request, RequestBody, Response, Runs},
     server::{Running, Server},
+    stream::StreamWriter,
 };

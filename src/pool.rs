@@ -11,23 +11,28 @@
 //! handler takes one request at a time, so none waits behind another that has been started.
 
 use std::{
+    io::Write,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use core_affinity::CoreId;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 
 use crate::{
-    driver::waker::Waker,
+    config::Config,
+    driver::{Token, waker::Waker},
     exchange::{Exchange, Micros},
-    handler::Handler,
+    disk::{Disk, Done, Home, Job as DiskJob},
+    handler::{Body, Handler},
     shard::engine,
     stats::Stats,
+    stream::StreamWriter,
 };
 
 /// The clock of the process: microseconds since it was made, on CLOCK_MONOTONIC, so that neither a
@@ -57,31 +62,50 @@ enum Job {
     Stop,
 }
 
+/// What comes home to a ring thread.
+pub enum Answer {
+    /// A handler is done with a request, or found it withdrawn.
+    Response(Box<Exchange>),
+    /// A handler has made more of a body.
+    Piece { token: Token, serial: u64, bytes: Vec<u8> },
+    /// A handler has made all of a body; or failed, when it is not whole.
+    Ended { token: Token, serial: u64, whole: bool },
+    /// The disk is done.
+    Disk(Done),
+}
+
 /// All cores' queues. Shared by every ring and handler thread.
 pub struct Pools {
     cores: Vec<Core>,
     handlers_per_core: usize,
+    /// How long a handler that streams waits for its client.
+    send_wait_max: Duration,
+    disk: Disk,
 }
 
 struct Core {
     jobs: Sender<Job>,
     jobs_taken: Receiver<Job>,
-    answers: Sender<Box<Exchange>>,
-    answers_taken: Receiver<Box<Exchange>>,
+    answers: Sender<Answer>,
+    answers_taken: Receiver<Answer>,
     /// Handlers that wait for a job.
     idle: AtomicUsize,
     waker: OnceLock<Waker>,
 }
 
 impl Pools {
-    /// `queue_max` requests may wait per core.
-    pub fn new(cores: usize, handlers_per_core: usize, queue_max: usize) -> Arc<Pools> {
+    pub fn new(cores: usize, config: &Config, disk: Disk) -> Arc<Pools> {
         let core = |_| {
-            let (jobs, jobs_taken) = bounded(queue_max);
+            let (jobs, jobs_taken) = bounded(config.limits.queue_max);
             let (answers, answers_taken) = unbounded();
             Core { jobs, jobs_taken, answers, answers_taken, idle: AtomicUsize::new(0), waker: OnceLock::new() }
         };
-        Arc::new(Pools { cores: (0..cores).map(core).collect(), handlers_per_core })
+        Arc::new(Pools {
+            cores: (0..cores).map(core).collect(),
+            handlers_per_core: config.handlers,
+            send_wait_max: config.timeouts.send,
+            disk,
+        })
     }
 
     /// Starts the handler threads. `place` says which CPU those of a core run on.
@@ -103,7 +127,9 @@ impl Pools {
     /// The end of a core that its ring thread holds.
     pub fn desk(self: &Arc<Pools>, core: usize, waker: Waker) -> Desk {
         let _ = self.cores[core].waker.set(waker);
-        Desk { pools: self.clone(), answers: self.cores[core].answers_taken.clone(), core }
+        let pools = self.clone();
+        let home: Home = Arc::new(move |done| pools.cores[core].send(Answer::Disk(done)));
+        Desk { pools: self.clone(), answers: self.cores[core].answers_taken.clone(), core, home }
     }
 
     /// Ends every handler thread after what it is at. Requests still in a queue are not run.
@@ -119,14 +145,33 @@ impl Pools {
 
     /// A handler thread's life.
     fn work(&self, core: usize, handler: &dyn Handler, stats: &Stats, clock: Clock) {
-        while let Job::Run { mut exchange, home } = self.take(core) {
-            if exchange.ticket.start(clock.now()) {
-                exchange.response = Some(engine::run(handler, &exchange.request(), stats));
+        while let Job::Run { exchange, home } = self.take(core) {
+            self.serve(exchange, &self.cores[home], handler, stats, clock);
+        }
+    }
+
+    fn serve(&self, mut exchange: Box<Exchange>, home: &Core, handler: &dyn Handler, stats: &Stats, clock: Clock) {
+        if !exchange.ticket.start(clock.now()) {
+            return home.send(Answer::Response(exchange));
+        }
+        let mut response = engine::run(handler, &exchange.request(), stats);
+        let source = match &mut response.body {
+            Body::Stream(stream) => stream.source.take().map(|source| (source, stream.credit.clone())),
+            _ => None,
+        };
+        exchange.response = Some(response);
+        let (token, serial) = (exchange.token, exchange.serial);
+        home.send(Answer::Response(exchange));
+        if let Some((source, credit)) = source {
+            let mut send = |bytes| home.send(Answer::Piece { token, serial, bytes });
+            let mut writer = StreamWriter::new(credit, self.send_wait_max, &mut send);
+            let made = catch_unwind(AssertUnwindSafe(|| source(&mut writer).and_then(|()| writer.flush())));
+            match &made {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "a streamed body was not finished"),
+                Err(_) => stats.panics.add(1),
             }
-            let home = &self.cores[home];
-            // The receiver lives as long as `self`.
-            let _ = home.answers.send(exchange);
-            home.waker.get().expect("set before the first job").wake();
+            home.send(Answer::Ended { token, serial, whole: matches!(made, Ok(Ok(()))) });
         }
     }
 
@@ -155,11 +200,20 @@ impl Pools {
     }
 }
 
+impl Core {
+    fn send(&self, answer: Answer) {
+        // The receiver lives as long as `self`.
+        let _ = self.answers.send(answer);
+        self.waker.get().expect("set before the first job").wake();
+    }
+}
+
 /// A ring thread's side of its pool.
 pub struct Desk {
     pools: Arc<Pools>,
-    answers: Receiver<Box<Exchange>>,
+    answers: Receiver<Answer>,
     core: usize,
+    home: Home,
 }
 
 impl Desk {
@@ -178,8 +232,13 @@ impl Desk {
         })
     }
 
-    /// The next answer that a handler has sent home.
-    pub fn answer(&self) -> Option<Box<Exchange>> {
+    /// Gives the disk something to do; its outcome comes as an answer.
+    pub fn spool(&self, job: DiskJob) {
+        self.pools.disk.submit(job, &self.home);
+    }
+
+    /// The next thing that was sent home.
+    pub fn answer(&self) -> Option<Answer> {
         self.answers.try_recv().ok()
     }
 

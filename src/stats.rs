@@ -48,6 +48,12 @@ pub struct Stats {
     /// Handlers that panicked, and answers of theirs that could not be sent.
     pub panics: Counter,
     pub faults: Counter,
+    /// Requests refused for lack of memory or room for their body, and disk jobs that failed.
+    pub body_memory_full: Counter,
+    pub spool_full: Counter,
+    pub spool_errors: Counter,
+    /// Connections closed at once because their client has as many as it may.
+    pub ip_limited: Counter,
     /// Connections reset because the peer did not read its answer.
     pub send_timeouts: Counter,
     /// Connections that ended with an error of the peer's (ECONNRESET and the like).
@@ -56,6 +62,9 @@ pub struct Stats {
     pub accept_pauses: Counter,
     /// Completions for a connection that was already gone: a bug if it is ever not 0.
     pub stale: Counter,
+    /// Turns of the shard's loop begun, and the driver's entries into the kernel up to then.
+    pub turns: Counter,
+    pub enters: Counter,
 }
 
 /// One counter for each of [`Refusal::ALL`].

@@ -192,7 +192,7 @@ impl Chunk {
 }
 
 impl Payload {
-    fn bytes(&self) -> &[u8] {
+    pub fn bytes(&self) -> &[u8] {
         match self {
             Payload::Owned(bytes) => bytes,
             Payload::Static(bytes) => bytes,

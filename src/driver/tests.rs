@@ -644,6 +644,13 @@ enum Event {
     Sent { token: Token, chunk: Chunk, result: Result<usize, i32> },
 }
 
+/// The last events, without megabytes of bytes.
+fn summary(events: &[Event]) -> String {
+    let one = |event: &Event| format!("{event:?}").chars().take(120).collect::<String>();
+    let last: Vec<_> = events.iter().rev().take(8).rev().map(one).collect();
+    format!("{} events, the last ones {last:#?}", events.len())
+}
+
 /// A driver, and what it has reported that no test has looked at yet.
 struct Kernel {
     name: String,
@@ -716,7 +723,7 @@ impl Kernel {
     fn until(&mut self, what: &str, mut done: impl FnMut(&mut Kernel) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !done(self) {
-            assert!(Instant::now() < deadline, "{}: no {what}; reported: {:.400}", self.name, format!("{:?}", self.events));
+            assert!(Instant::now() < deadline, "{}: no {what}; reported: {}", self.name, summary(&self.events));
             self.turn(Duration::from_millis(50));
         }
     }
@@ -727,7 +734,7 @@ impl Kernel {
         for timeout in [0, 0, 5, 5] {
             self.turn(Duration::from_millis(timeout));
         }
-        assert_eq!(self.events.len(), before, "{}: {:.400}", self.name, format!("{:?}", self.events));
+        assert_eq!(self.events.len(), before, "{}: {}", self.name, summary(&self.events));
     }
 
     fn received_bytes(&mut self, token: Token) -> usize {

@@ -41,14 +41,22 @@ pub fn run(bytes: &[u8], cuts: &[usize], limits: &Limits, permit: Permit) -> Run
     for end in cuts.iter().copied().chain([bytes.len()]) {
         match driver.feed(&bytes[consumed..end]) {
             Ok(count) => consumed += count,
-            Err(end) => return Run { requests: driver.requests, end },
+            Err(end) => {
+                return Run {
+                    requests: driver.requests,
+                    end,
+                };
+            }
         }
     }
     let end = match driver.connection.peer_closed(bytes.len() - consumed) {
         Ok(()) => End::Open,
         Err(refusal) => End::Refused(refusal),
     };
-    Run { requests: driver.requests, end }
+    Run {
+        requests: driver.requests,
+        end,
+    }
 }
 
 struct Driver<'a> {
@@ -79,7 +87,9 @@ impl<'a> Driver<'a> {
         loop {
             let rest = &input[at..];
             let phase = self.connection.phase();
-            let event = self.connection.next_event(rest, &mut self.head, self.limits, self.permit);
+            let event = self
+                .connection
+                .next_event(rest, &mut self.head, self.limits, self.permit);
             let (count, event) = match event {
                 Ok(happened) => happened,
                 Err(refusal) => {
@@ -94,7 +104,10 @@ impl<'a> Driver<'a> {
                     assert!(phase == Phase::Body || count == 0, "an incomplete head was consumed");
                     assert!(phase == Phase::Head || at == input.len(), "body bytes were left over");
                     assert_eq!(self.connection.phase(), phase);
-                    assert_eq!(self.connection.request_begun(), phase == Phase::Body || !rest.is_empty());
+                    assert_eq!(
+                        self.connection.request_begun(),
+                        phase == Phase::Body || !rest.is_empty()
+                    );
                     return Ok(at);
                 }
                 Event::Head => self.head_complete(&rest[..count]),
@@ -119,7 +132,11 @@ impl<'a> Driver<'a> {
         assert_eq!(self.connection.phase(), Phase::Body);
         assert!(self.current.is_none());
         check_head(&self.head, bytes, self.limits);
-        self.current = Some(Request { head: self.head.clone(), head_bytes: bytes.to_vec(), body: Vec::new() });
+        self.current = Some(Request {
+            head: self.head.clone(),
+            head_bytes: bytes.to_vec(),
+            body: Vec::new(),
+        });
     }
 
     fn request_complete(&mut self) {
@@ -150,7 +167,9 @@ impl<'a> Driver<'a> {
     }
 
     fn paused(&mut self) {
-        let event = self.connection.next_event(b"GET /evil HTTP/1.1\r\n\r\n", &mut self.head, self.limits, self.permit);
+        let event = self
+            .connection
+            .next_event(b"GET /evil HTTP/1.1\r\n\r\n", &mut self.head, self.limits, self.permit);
         assert_eq!(event, Ok((0, Event::Paused)));
     }
 }
@@ -164,10 +183,17 @@ fn check_head(head: &Head, bytes: &[u8], limits: &Limits) {
     assert!(!head.method.is_empty() && !head.target.is_empty() && !head.path.is_empty());
     assert_eq!(head.is_head, head.method.of(bytes) == b"HEAD");
     assert!(head.target.start <= head.path.start && head.path.end <= head.target.end);
-    assert!(head.query.is_none_or(|query| query.end == head.target.end && bytes[query.start as usize - 1] == b'?'));
+    assert!(
+        head.query
+            .is_none_or(|query| query.end == head.target.end && bytes[query.start as usize - 1] == b'?')
+    );
     let line_feeds = bytes.iter().filter(|byte| **byte == b'\n').count();
     let empty_lines = if bytes.starts_with(b"\r\n") { 2 } else { 1 };
-    assert_eq!(line_feeds, 1 + head.fields.len() + empty_lines, "a line was hidden in another");
+    assert_eq!(
+        line_feeds,
+        1 + head.fields.len() + empty_lines,
+        "a line was hidden in another"
+    );
     let mut end = head.target.end;
     for field in &head.fields {
         assert!(end < field.name.start && field.name.end < field.value.start && field.value.start <= field.value.end);
@@ -182,7 +208,9 @@ fn check_head(head: &Head, bytes: &[u8], limits: &Limits) {
 /// The first byte says how many cuts follow and which limits hold, two bytes each say where; the rest is what the
 /// peer sends. Whatever it is, cutting it must not change what comes of it.
 pub fn fuzz_connection(data: &[u8]) {
-    let Some((limits, cuts, bytes)) = instructions(data) else { return };
+    let Some((limits, cuts, bytes)) = instructions(data) else {
+        return;
+    };
     let permit = Permit::default();
     let whole = run(bytes, &[], &limits, permit);
     assert_eq!(whole, run(bytes, &cuts, &limits, permit), "cut at {cuts:?}");
@@ -202,11 +230,17 @@ pub fn fuzz_connection(data: &[u8]) {
 /// The same for what follows the head of a chunked request, and the way back: the rest, put into chunks of the sizes
 /// that the cuts make, must come out as it was.
 pub fn fuzz_chunked(data: &[u8]) {
-    let Some((limits, cuts, bytes)) = instructions(data) else { return };
+    let Some((limits, cuts, bytes)) = instructions(data) else {
+        return;
+    };
     let permit = Permit::default();
     let sent = [CHUNKED_HEAD, bytes].concat();
     let shifted: Vec<usize> = cuts.iter().map(|cut| cut + CHUNKED_HEAD.len()).collect();
-    assert_eq!(run(&sent, &[], &limits, permit), run(&sent, &shifted, &limits, permit), "cut at {cuts:?}");
+    assert_eq!(
+        run(&sent, &[], &limits, permit),
+        run(&sent, &shifted, &limits, permit),
+        "cut at {cuts:?}"
+    );
 
     let mut encoded = CHUNKED_HEAD.to_vec();
     let mut start = 0;

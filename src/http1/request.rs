@@ -165,19 +165,7 @@ fn parse_into<'a>(
     head.query = parts.query.map(|query| query.moved_by(head.target.start));
     head.bytes = length as u32;
 
-    head.fields.clear();
-    head.fields.extend(request.headers.iter().map(|header| Field {
-        name: Span::within(base, header.name.as_bytes()),
-        value: Span::within(base, header.value),
-    }));
-    check_lines(&input[..length], line_start, &head.fields, limits)?;
-    let mut meaning = Meaning::default();
-    for (header, field) in request.headers.iter().zip(&head.fields) {
-        if may_be_known(header.name.as_bytes()) {
-            meaning.note(header.name.as_bytes(), field.value, header.value)?;
-        }
-    }
-
+    let meaning = read_fields(&input[..length], line_start, request.headers, &mut head.fields, limits)?;
     let authority = parts.authority.map(|authority| authority.moved_by(head.target.start));
     head.host = meaning.host(authority, version, input, permit)?;
     head.framing = meaning.framing(version, input, limits)?;
@@ -189,31 +177,51 @@ fn parse_into<'a>(
     Ok(Some(length))
 }
 
-/// Checks that each line of a head ends with CRLF and is not too long. A line ends where the next begins, so this
-/// looks at one byte of each.
+/// Writes down where the fields are and what they mean, and checks that each line of the head ends with CRLF and is
+/// not too long. A line ends where the next begins, so that takes one look at one byte of each.
 ///
 /// "a recipient MAY recognize a single LF as a line terminator and ignore any preceding CR" (RFC 9112 section 2.2).
 /// We do not: where two readers differ about the end of a line, requests are smuggled.
-fn check_lines(head: &[u8], request_line_start: usize, fields: &[Field], limits: &Limits) -> Result<(), Refusal> {
-    let last_start = head.len() - 2;
-    let first_start = fields.first().map_or(last_start, |first| first.name.start as usize);
-    let mut start = first_start;
-    let mut all_crlf = head[first_start - 2] == b'\r' && head[last_start] == b'\r' && head[last_start - 2] == b'\r';
+fn read_fields(
+    head: &[u8],
+    request_line_start: usize,
+    headers: &[httparse::Header<'_>],
+    fields: &mut Vec<Field>,
+    limits: &Limits,
+) -> Result<Meaning, Refusal> {
+    let base = head.as_ptr() as usize;
+    let end = head.len() - 2;
+    let first = headers.first().map_or(end, |first| first.name.as_ptr() as usize - base);
+    let mut all_crlf = head[first - 2] == b'\r' && head[end - 2] == b'\r' && head[end] == b'\r';
     let mut longest = 0;
-    for field in fields {
-        let next = field.name.start as usize;
+    let mut line = first;
+    let mut meaning = Meaning::default();
+    // Not cleared and pushed to: a warm list has its length already.
+    fields.resize(headers.len(), Field::default());
+    for (field, header) in fields.iter_mut().zip(headers) {
+        let name = Span::within(base, header.name.as_bytes());
+        let value = Span::within(base, header.value);
+        *field = Field { name, value };
+        let next = name.start as usize;
         all_crlf &= head[next - 2] == b'\r';
-        longest = longest.max(next - start);
-        start = next;
+        longest = longest.max(next - line);
+        line = next;
+        if may_be_known(header.name.as_bytes()) {
+            meaning.note(header.name.as_bytes(), value, header.value)?;
+        }
     }
-    longest = longest.max(last_start - start);
+    longest = longest.max(end - line);
     if !all_crlf {
         return Err(Refusal::BareLf);
     }
-    if first_start - 2 - request_line_start > limits.request_line_bytes_max {
+    if first - 2 - request_line_start > limits.request_line_bytes_max {
         return Err(Refusal::RequestLineTooLong);
     }
-    if longest.saturating_sub(2) > limits.field_bytes_max { Err(Refusal::FieldTooLong) } else { Ok(()) }
+    if longest.saturating_sub(2) > limits.field_bytes_max {
+        Err(Refusal::FieldTooLong)
+    } else {
+        Ok(meaning)
+    }
 }
 
 /// "The method token is case-sensitive" (RFC 9110 section 9.1), so `get` is not GET. It is no method that anybody
@@ -267,12 +275,22 @@ const SINGLE: [&[u8]; 9] = [
 ];
 
 /// For each length, the first letters of the names that [`Meaning::note`] knows, as bits.
-const KNOWN: [u32; 32] = {
+static KNOWN: [u32; 32] = {
     let mut known = [0; 32];
-    let others: [&[u8]; 5] = [b"connection", b"content-length", b"expect", b"host", b"transfer-encoding"];
+    let others: [&[u8]; 5] = [
+        b"connection",
+        b"content-length",
+        b"expect",
+        b"host",
+        b"transfer-encoding",
+    ];
     let mut index = 0;
     while index < SINGLE.len() + others.len() {
-        let name = if index < SINGLE.len() { SINGLE[index] } else { others[index - SINGLE.len()] };
+        let name = if index < SINGLE.len() {
+            SINGLE[index]
+        } else {
+            others[index - SINGLE.len()]
+        };
         known[name.len()] |= 1 << (name[0] & 31);
         index += 1;
     }
@@ -281,11 +299,14 @@ const KNOWN: [u32; 32] = {
 
 /// False for most names, which need no second look. The low five bits of a letter are the same in both cases.
 fn may_be_known(name: &[u8]) -> bool {
-    name.first().is_some_and(|first| KNOWN[name.len() & 31] >> (first & 31) & 1 == 1)
+    name.first()
+        .is_some_and(|first| KNOWN[name.len() & 31] >> (first & 31) & 1 == 1)
 }
 
 impl Meaning {
     /// Names with an underscore never get here by another name: only `-` is `-` (RFC 9110 section 5.1).
+    // Not inlined, since it would take the registers that the loop around it needs.
+    #[inline(never)]
     fn note(&mut self, name: &[u8], at: Span, value: &[u8]) -> Result<(), Refusal> {
         let is = |known: &[u8]| name.eq_ignore_ascii_case(known);
         match name.len() {
@@ -333,6 +354,8 @@ impl Meaning {
     /// An absolute-form target names a host as well. An origin server "MUST ignore the received Host header field
     /// (if any) and instead replace it" (section 3.2.2); but the field stays in the list that handlers get, so one
     /// that says otherwise is refused.
+    // Inlined, like `framing`: their results are of a shape that is slow to hand over in memory.
+    #[inline(always)]
     fn host(
         &self,
         authority: Option<Span>,
@@ -358,6 +381,7 @@ impl Meaning {
     }
 
     /// RFC 9112 section 6.3, with each choice that it leaves decided for refusal.
+    #[inline(always)]
     fn framing(&self, version: Version, input: &[u8], limits: &Limits) -> Result<Framing, Refusal> {
         match (self.length, self.coding) {
             (None, None) => Ok(Framing::None),

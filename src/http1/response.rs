@@ -75,11 +75,22 @@ impl Preamble {
     }
 }
 
-/// Appends the head. What follows it on the wire is the response's body, or nothing when this returns false.
+/// How the end of a response's body is told (RFC 9112 section 6.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// No body follows.
+    None,
+    Length(u64),
+    Chunked,
+    /// By the end of the connection: an HTTP/1.0 client knows no chunks.
+    Close,
+}
+
+/// Appends the head; says how what follows is framed.
 ///
 /// # Errors
 /// [`Fault`]; then nothing was appended.
-pub fn write_head(out: &mut Vec<u8>, response: &Response, context: Context, preamble: &Preamble) -> Result<bool, Fault> {
+pub fn write_head(out: &mut Vec<u8>, response: &Response, context: Context, preamble: &Preamble) -> Result<Framing, Fault> {
     check(response)?;
     status_line(out, response);
     if response.headers.is_empty() {
@@ -93,20 +104,46 @@ pub fn write_head(out: &mut Vec<u8>, response: &Response, context: Context, prea
     for (name, value) in response.headers.iter().filter(|field| !is_ours(&field.0)) {
         field(out, name, value);
     }
+    let framing = framing(response, context);
     // RFC 9110 section 8.6: no Content-Length with 204; 304 has no body but may tell what its length would be.
-    let bodiless = matches!(response.status, 204 | 304);
-    if !bodiless {
-        content_length(out, response, context.is_head);
+    if !matches!(response.status, 204 | 304) {
+        match (framing, response.body.len()) {
+            (Framing::Chunked, _) => field(out, "Transfer-Encoding", b"chunked"),
+            (_, Some(length)) => content_length(out, response, length, context.is_head),
+            (_, None) => {}
+        }
     }
-    match (context.keep_alive, context.version) {
+    match (context.keep_alive && framing != Framing::Close, context.version) {
         (true, Version::Http11) => {}
         // RFC 9112 section 9.3: an HTTP/1.0 client must be told that its wish is granted.
         (true, Version::Http10) => out.extend_from_slice(b"Connection: keep-alive\r\n"),
         (false, _) => out.extend_from_slice(b"Connection: close\r\n"),
     }
     out.extend_from_slice(b"\r\n");
-    Ok(!bodiless && !context.is_head)
+    Ok(framing)
 }
+
+fn framing(response: &Response, context: Context) -> Framing {
+    match response.body.len() {
+        _ if context.is_head || matches!(response.status, 204 | 304) => Framing::None,
+        Some(0) => Framing::None,
+        Some(length) => Framing::Length(length),
+        None if context.version == Version::Http10 => Framing::Close,
+        None => Framing::Chunked,
+    }
+}
+
+/// Appends a piece of a body in chunks (RFC 9112 section 7.1). An empty one would be the end, so it is left out.
+pub fn write_chunk(out: &mut Vec<u8>, piece: &[u8]) {
+    if !piece.is_empty() {
+        out.extend_from_slice(format!("{:x}\r\n", piece.len()).as_bytes());
+        out.extend_from_slice(piece);
+        out.extend_from_slice(b"\r\n");
+    }
+}
+
+/// The end of a body in chunks, without trailers.
+pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 
 /// True when the handler asked for the end of the connection.
 pub fn wants_close(response: &Response) -> bool {
@@ -241,14 +278,14 @@ fn status_line(out: &mut Vec<u8>, response: &Response) {
     }
 }
 
-fn content_length(out: &mut Vec<u8>, response: &Response, is_head: bool) {
+fn content_length(out: &mut Vec<u8>, response: &Response, length: u64, is_head: bool) {
     // A handler may answer HEAD without making the body, and say how long it would have been.
     let told = response.headers.iter().find(|field| field.0.eq_ignore_ascii_case("Content-Length"));
     match (told, &response.body) {
         (Some((_, value)), Body::Empty) if is_head && !value.is_empty() && value.iter().all(u8::is_ascii_digit) => {
             field(out, "Content-Length", value);
         }
-        _ => field(out, "Content-Length", itoa::Buffer::new().format(response.body.len()).as_bytes()),
+        _ => field(out, "Content-Length", itoa::Buffer::new().format(length).as_bytes()),
     }
 }
 
@@ -266,7 +303,7 @@ mod tests {
     const PLAIN: Context = Context { version: Version::Http11, is_head: false, keep_alive: true };
 
     /// The head without status line, Server and Date; and whether a body follows.
-    fn written(response: &Response, context: Context) -> Result<(String, bool), Fault> {
+    fn written(response: &Response, context: Context) -> Result<(String, Framing), Fault> {
         let mut preamble = Preamble::new(Some("uringd"));
         preamble.set_date(SystemTime::UNIX_EPOCH);
         let mut out = Vec::new();
@@ -278,23 +315,23 @@ mod tests {
     #[test]
     fn a_plain_answer_has_its_length_and_nothing_about_the_connection() {
         let head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 2\r\n\r\n".to_owned();
-        assert_eq!(written(&Response::text("hi"), PLAIN), Ok((head, true)));
+        assert_eq!(written(&Response::text("hi"), PLAIN), Ok((head, Framing::Length(2))));
     }
 
     #[test]
     fn framing_and_hop_by_hop_fields_of_a_handler_do_not_reach_the_wire() {
         let lying = Response::new(200).header("content-length", "99").header("Transfer-Encoding", "chunked");
         let lying = lying.header("Connection", "upgrade").header("Keep-Alive", "1").header("X", "y").body("abc");
-        assert_eq!(written(&lying, PLAIN), Ok(("HTTP/1.1 200 OK\r\nX: y\r\nContent-Length: 3\r\n\r\n".into(), true)));
+        assert_eq!(written(&lying, PLAIN), Ok(("HTTP/1.1 200 OK\r\nX: y\r\nContent-Length: 3\r\n\r\n".into(), Framing::Length(3))));
     }
 
     #[test]
     fn no_body_follows_head_204_and_304() {
         let head = Context { is_head: true, ..PLAIN };
-        assert_eq!(written(&Response::new(200).body("abc"), head), Ok(("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n".into(), false)));
+        assert_eq!(written(&Response::new(200).body("abc"), head), Ok(("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n".into(), Framing::None)));
         for (status, line) in [(204, "204 No Content"), (304, "304 Not Modified")] {
             let response = Response::new(status).body("abc");
-            assert_eq!(written(&response, PLAIN), Ok((format!("HTTP/1.1 {line}\r\n\r\n"), false)));
+            assert_eq!(written(&response, PLAIN), Ok((format!("HTTP/1.1 {line}\r\n\r\n"), Framing::None)));
         }
     }
 
@@ -302,7 +339,7 @@ mod tests {
     fn a_head_answer_may_tell_a_length_without_making_the_body() {
         let response = Response::new(200).header("Content-Length", "1234");
         let head = Context { is_head: true, ..PLAIN };
-        assert_eq!(written(&response, head), Ok(("HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n".into(), false)));
+        assert_eq!(written(&response, head), Ok(("HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n".into(), Framing::None)));
     }
 
     #[test]
@@ -326,6 +363,23 @@ mod tests {
         assert!(written(&Response::new(200), close).is_ok_and(|w| w.0.contains("\r\nConnection: close\r\n")));
         let old = Context { version: Version::Http10, ..PLAIN };
         assert!(written(&Response::new(200), old).is_ok_and(|w| w.0.contains("\r\nConnection: keep-alive\r\n")));
+    }
+
+    #[test]
+    fn a_body_of_unknown_length_is_chunked_or_ends_with_the_connection() {
+        let response = || Response::new(200).body(Body::stream(|_| Ok(())));
+        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_owned();
+        assert_eq!(written(&response(), PLAIN), Ok((chunked, Framing::Chunked)));
+        let close = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n".to_owned();
+        assert_eq!(written(&response(), Context { version: Version::Http10, ..PLAIN }), Ok((close, Framing::Close)));
+    }
+
+    #[test]
+    fn an_empty_piece_is_not_the_end() {
+        let mut out = Vec::new();
+        ["", "a", "", "bcdefghijklmnopq"].iter().for_each(|piece| write_chunk(&mut out, piece.as_bytes()));
+        out.extend_from_slice(LAST_CHUNK);
+        assert_eq!(out, b"1\r\na\r\n10\r\nbcdefghijklmnopq\r\n0\r\n\r\n");
     }
 
     #[test]

@@ -65,9 +65,18 @@ impl HeadScan {
 
     /// Looks at the bytes of `input` that were not there the last time; returns the head's length once it is complete.
     pub(super) fn run(&mut self, input: &[u8], limits: &Limits) -> Result<Option<usize>, Refusal> {
+        let bytes_max = limits.head_bytes_max.min(u32::MAX as usize);
         while let Some(&byte) = input.get(self.scanned()) {
-            if self.scanned() >= limits.head_bytes_max.min(u32::MAX as usize) {
+            if self.scanned() >= bytes_max {
                 return Err(Refusal::HeadTooLarge);
+            }
+            if self.state == HeadState::Fields {
+                let within_limit = &input[self.scanned()..input.len().min(bytes_max)];
+                let skipped = self.fields.skip_value(within_limit, limits);
+                if skipped > 0 {
+                    self.at += skipped;
+                    continue;
+                }
             }
             let end = match self.state {
                 HeadState::Fields => self.fields.push(byte, limits)?,
@@ -229,6 +238,21 @@ impl FieldLines {
             (FieldState::Value, _) => return Err(Refusal::FieldValueControl),
         };
         Ok(false)
+    }
+
+    /// Takes as many bytes as are plainly part of a value, which is what most of a large head is made of; the same as
+    /// to `push` each of them.
+    fn skip_value(&mut self, bytes: &[u8], limits: &Limits) -> u32 {
+        if self.state != FieldState::Value {
+            return 0;
+        }
+        let room = limits
+            .field_bytes_max
+            .saturating_sub(self.line as usize)
+            .min(bytes.len());
+        let count = bytes[..room].iter().take_while(|byte| is_field_byte(**byte)).count() as u32;
+        self.line += count;
+        count
     }
 }
 

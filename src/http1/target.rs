@@ -25,6 +25,7 @@ pub(super) struct Target {
 }
 
 impl Target {
+    #[inline(always)]
     pub(super) fn parse(method: &[u8], target: &[u8]) -> Result<Target, Refusal> {
         if !target.is_ascii() {
             return Err(Refusal::TargetBad);
@@ -41,6 +42,7 @@ impl Target {
         }
     }
 
+    #[inline(always)]
     fn from_path(target: &[u8], start: usize, authority: Option<Span>) -> Target {
         let end = target.len();
         let question = memchr::memchr(b'?', &target[start..]).map(|offset| start + offset);
@@ -105,8 +107,8 @@ pub(super) fn is_host(bytes: &[u8]) -> bool {
             None => false,
         },
         _ => {
-            let end = memchr::memchr(b':', bytes).unwrap_or(bytes.len());
-            is_name(&bytes[..end]) && is_port_or_nothing(&bytes[end..])
+            let end = name_length(bytes);
+            end > 0 && is_port_or_nothing(&bytes[end..])
         }
     }
 }
@@ -116,27 +118,54 @@ fn is_ipv6(bytes: &[u8]) -> bool {
     str::from_utf8(bytes).is_ok_and(|text| text.parse::<Ipv6Addr>().is_ok())
 }
 
+/// How many bytes at the beginning are a name; 0 when what is there is not one.
+///
 /// `reg-name = *( unreserved / pct-encoded / sub-delims )` (RFC 3986 section 3.2.2), made of labels that are not empty,
 /// as in the DNS; one dot may end it. An IPv4 address is such a name, too.
-fn is_name(bytes: &[u8]) -> bool {
-    let mut label_empty = true;
-    let mut rest = bytes;
-    while let [byte, tail @ ..] = rest {
-        rest = match byte {
-            b'.' if label_empty => return false,
-            b'%' => match tail {
-                [high, low, tail @ ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => tail,
-                _ => return false,
-            },
-            b'.' | b'-' | b'_' | b'~' => tail,
-            b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';' | b'=' => tail,
-            _ if byte.is_ascii_alphanumeric() => tail,
-            _ => return false,
-        };
-        label_empty = *byte == b'.';
+fn name_length(bytes: &[u8]) -> usize {
+    let mut before = b'.';
+    let mut length = 0;
+    let mut percent = false;
+    for &byte in bytes {
+        if !NAME_BYTES[byte as usize] {
+            break;
+        }
+        if byte == b'.' && before == b'.' {
+            return 0;
+        }
+        percent |= byte == b'%';
+        before = byte;
+        length += 1;
     }
-    !bytes.is_empty()
+    if percent && has_bad_escape(&bytes[..length]) {
+        0
+    } else {
+        length
+    }
 }
+
+/// True when a percent sign is not followed by two hexadecimal digits.
+fn has_bad_escape(bytes: &[u8]) -> bool {
+    let mut escapes = bytes.split(|byte| *byte == b'%').skip(1);
+    escapes.any(|rest| !matches!(rest, [high, low, ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit()))
+}
+
+/// `unreserved`, `sub-delims` and the percent sign.
+static NAME_BYTES: [bool; 256] = {
+    let mut table = [false; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        table[byte] = (byte as u8).is_ascii_alphanumeric();
+        byte += 1;
+    }
+    let others = b"-._~!$&'()*+,;=%";
+    let mut index = 0;
+    while index < others.len() {
+        table[others[index] as usize] = true;
+        index += 1;
+    }
+    table
+};
 
 /// Nothing, or a colon and a port, which may be empty (RFC 3986 section 3.2.3).
 fn is_port_or_nothing(bytes: &[u8]) -> bool {

@@ -21,6 +21,7 @@ use signal_hook::{
 use self::listeners::Listeners;
 use crate::{
     config::{Backend, Bind, Config, Cores},
+    disk::{Disk, Quota},
     driver::{
         Driver,
         capabilities::{Capabilities, MASK_VARIABLE},
@@ -127,7 +128,9 @@ impl Server {
         let clock = Clock::new();
         let control = Arc::new(Control::default());
         let stats: Vec<Arc<Stats>> = cpus.iter().map(|_| Arc::default()).collect();
-        let pools = Pools::new(cpus.len(), self.config.handlers, self.config.limits.queue_max);
+        let disk = Disk::start(self.config.spool_directory.clone()).map_err(|source| Error::Start { what: "the disk's threads", source })?;
+        let quota = Arc::new(Quota::new(self.config.limits.spool_bytes_max));
+        let pools = Pools::new(cpus.len(), &self.config, disk);
         let (started, starts) = mpsc::channel();
         let config = Arc::new(self.config);
         let mut shards = Vec::new();
@@ -141,6 +144,7 @@ impl Server {
                 handler: self.handler.clone(),
                 stats: stats[index].clone(),
                 pools: pools.clone(),
+                quota: quota.clone(),
                 control: control.clone(),
                 clock,
             };
@@ -245,6 +249,7 @@ struct Shard {
     handler: Arc<dyn Handler>,
     stats: Arc<Stats>,
     pools: Arc<Pools>,
+    quota: Arc<Quota>,
     control: Arc<Control>,
     clock: Clock,
 }
@@ -280,11 +285,13 @@ impl Shard {
         let desk = self.pools.desk(self.index, waker);
         let now = self.clock.now();
         let stats = self.stats.clone();
-        let mut engine = Engine::new(&self.config, self.handler.clone(), self.listeners.len(), stats, now, SystemTime::now());
+        let quota = self.quota.clone();
+        let wall = SystemTime::now();
+        let mut engine = Engine::new(&self.config, self.handler.clone(), self.listeners.len(), stats, quota, now, wall);
         let _ = started.send(Ok(()));
         drop(self.handler);
         let drain = self.config.timeouts.drain;
-        let ended = shard::run(&mut *driver, &mut engine, &desk, &self.control, self.clock, drain).map_err(Error::Driver);
+        let ended = shard::run(&mut *driver, &mut engine, &desk, &self.control, self.clock, drain, &self.stats).map_err(Error::Driver);
         if !engine.is_quiet() {
             // The kernel may still write into the driver's memory: it is left alone for the rest of the process.
             std::mem::forget(driver);

@@ -10,8 +10,12 @@
 //! If you add an operation that completes later: give it an in-flight boolean in `slot.rs`, clear
 //! it on the last completion, and add it to `Slot::is_quiet`.
 
+mod bodies;
+
 use std::{
+    collections::HashMap,
     mem,
+    net::IpAddr,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -19,26 +23,27 @@ use std::{
 
 use slab::Slab;
 
+pub use self::bodies::{Outgoing, Reserved};
+
 use super::{
     deadlines::{Deadlines, NO_ENTRY, Tick},
     slot::{Slot, Stage},
 };
 use crate::{
     config::{Config, Limits, Permit},
+    disk::{Job, Quota},
     driver::{Chunk, Completion, ListenerIndex, Op, Payload, Peer, RecvEnd, Shutdown, Token},
     exchange::{Exchange, Micros, Progress},
-    handler::{Body, Handler, Request, Response, Runs},
+    handler::{Body, BodySource, Handler, Request, Response, Runs},
     http1::{
         Event, Framing, Head, Phase, Refusal, Version,
-        response::{self, Context, Preamble},
+        response::{self, Context, Framing as BodyFraming, Preamble},
     },
     stats::Stats,
 };
 
-/// Bodies up to this size are copied behind their head, so that both leave in one send.
-const BODY_COPIED_BYTES_MAX: usize = 16 << 10;
-/// A large body is sent in pieces of this size, so that progress shows (kernel-notes/send.md).
-const BODY_PIECE_BYTES: usize = 256 << 10;
+/// One send takes this much at most, so that one fast reader does not hold up the rest of the core.
+const SEND_BYTES_MAX: usize = 256 << 10;
 /// A shut connection is given this long in all to take notice, however busily it goes on sending.
 const LINGER_TOTAL: Micros = 30_000_000;
 /// A client that shuts its sending side while its request waits may be half closed, which is legal, or gone,
@@ -68,6 +73,8 @@ pub struct Engine {
     pub ops: Vec<Op>,
     /// Complete requests for the pool. The caller takes them before [`Engine::end_turn`].
     pub dispatch: Vec<Box<Exchange>>,
+    /// What the disk is to do. The caller takes it with `ops`.
+    pub disk: Vec<Job>,
     handler: Arc<dyn Handler>,
     limits: Limits,
     permit: Permit,
@@ -78,6 +85,13 @@ pub struct Engine {
     /// When accepting is tried again after a failure.
     accept_again: Option<Micros>,
     slots: Slab<Slot>,
+    /// Connections by client, when they are limited.
+    clients: HashMap<IpAddr, usize>,
+    /// Request body bytes in memory, of all connections.
+    body_memory: usize,
+    /// What files of bodies may take up, and when to try again after one failed.
+    quota: Arc<Quota>,
+    spool_again: Option<Micros>,
     generation: u32,
     dirty: Vec<Token>,
     deadlines: Deadlines,
@@ -104,12 +118,22 @@ struct Periods {
     queue: Micros,
     run: Micros,
     send: Micros,
+    send_rate_grace: Micros,
+    send_rate_min: u64,
     keep_alive: Micros,
     linger: Micros,
 }
 
 impl Engine {
-    pub fn new(config: &Config, handler: Arc<dyn Handler>, listeners: usize, stats: Arc<Stats>, now: Micros, wall: SystemTime) -> Engine {
+    pub fn new(
+        config: &Config,
+        handler: Arc<dyn Handler>,
+        listeners: usize,
+        stats: Arc<Stats>,
+        quota: Arc<Quota>,
+        now: Micros,
+        wall: SystemTime,
+    ) -> Engine {
         let micros = |duration: Duration| duration.as_micros().min(u128::from(u64::MAX / 4)) as Micros;
         let timeouts = &config.timeouts;
         let mut preamble = Preamble::new(config.server_name.as_deref());
@@ -117,6 +141,7 @@ impl Engine {
         let mut engine = Engine {
             ops: Vec::new(),
             dispatch: Vec::new(),
+            disk: Vec::new(),
             handler,
             limits: config.limits.clone(),
             permit: config.permit,
@@ -128,6 +153,8 @@ impl Engine {
                 queue: micros(timeouts.queue),
                 run: micros(timeouts.run),
                 send: micros(timeouts.send),
+                send_rate_grace: micros(timeouts.send_rate_grace),
+                send_rate_min: timeouts.send_rate_min,
                 keep_alive: micros(timeouts.keep_alive),
                 linger: micros(timeouts.linger),
             },
@@ -136,6 +163,10 @@ impl Engine {
             listeners: vec![Listener::default(); listeners],
             accept_again: None,
             slots: Slab::new(),
+            clients: HashMap::new(),
+            body_memory: 0,
+            quota,
+            spool_again: None,
             generation: 0,
             dirty: Vec::new(),
             deadlines: Deadlines::new(now),
@@ -163,13 +194,15 @@ impl Engine {
 
     /// A handler is done with a request, or found it withdrawn.
     pub fn answered(&mut self, mut exchange: Box<Exchange>, now: Micros) {
-        let response = exchange.response.take();
-        if let (Some(response), Some(key)) = (response, self.find(exchange.token)) {
+        let key = self.slots.get(exchange.token.slot as usize).filter(|slot| slot.token == exchange.token).map(|_| exchange.token.slot as usize);
+        if let (Some(response), Some(key)) = (exchange.response.take(), key) {
             let slot = &self.slots[key];
             // Else it was answered for: 503 or 504.
             if slot.ticket.is_some() && slot.serial == exchange.serial {
                 self.respond(key, response, now);
                 self.proceed(key, now);
+            } else if let Body::Stream(stream) = response.body {
+                stream.credit.close();
             }
         }
         self.recycle(exchange);
@@ -215,11 +248,11 @@ impl Engine {
             let slot = &mut self.slots[key];
             let idle = slot.stage == Stage::Open && slot.http.phase() == Phase::Head && !slot.http.request_begun();
             if self.life == Life::Stopping {
-                slot.reset |= !slot.is_flushed();
+                slot.reset |= !slot.is_done();
                 self.terminate(key);
             } else if idle && slot.input.is_empty() {
                 slot.last = true;
-                if slot.is_flushed() {
+                if slot.is_done() {
                     self.terminate(key);
                 }
             } else {
@@ -235,7 +268,7 @@ impl Engine {
 
     /// Requests that are not answered yet.
     pub fn unanswered(&self) -> usize {
-        self.slots.iter().filter(|(_, slot)| slot.ticket.is_some() || slot.arriving.is_some() || !slot.is_flushed()).count()
+        self.slots.iter().filter(|(_, slot)| slot.ticket.is_some() || slot.arriving.is_some() || !slot.is_done()).count()
     }
 
     /// True when nothing is left that the kernel could report on.
@@ -270,6 +303,14 @@ impl Engine {
             // It was in the kernel's queue when the stop began: its request has not been seen, so it may be tried again.
             return self.ops.push(Op::Close { fd, reset: false });
         }
+        if let (Some(limit), Peer::Inet(address)) = (self.limits.connections_per_ip_max, peer) {
+            let count = self.clients.entry(address.ip()).or_default();
+            if *count >= limit {
+                self.stats.ip_limited.add(1);
+                return self.ops.push(Op::Close { fd, reset: true });
+            }
+            *count += 1;
+        }
         self.generation = (self.generation + 1) & Token::GENERATION_MASK;
         let entry = self.slots.vacant_entry();
         let token = Token { slot: entry.key() as u32, generation: self.generation };
@@ -296,6 +337,17 @@ impl Engine {
             self.accept_again = Some(now + ACCEPT_PAUSE);
         } else if self.slots.len() < self.limits.connections_max {
             self.accept_all();
+        }
+    }
+
+    fn forget_client(&mut self, peer: Peer) {
+        if let (Some(_), Peer::Inet(address)) = (self.limits.connections_per_ip_max, peer)
+            && let Some(count) = self.clients.get_mut(&address.ip())
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.clients.remove(&address.ip());
+            }
         }
     }
 
@@ -378,12 +430,12 @@ impl Engine {
             input.drain(..used);
             self.put_input(key, input);
         }
-        let clogged = self.slots[key].is_clogged(&self.limits);
+        let clogged = self.is_clogged(key);
         let slot = &mut self.slots[key];
-        if slot.eof && !slot.last && slot.ticket.is_none() && !clogged {
+        if slot.eof && !slot.last && matches!(slot.http.phase(), Phase::Head | Phase::Body) && !clogged {
             return self.peer_closed(key, now);
         }
-        if slot.last && slot.is_flushed() {
+        if slot.last && slot.is_done() {
             return self.finish(key, now);
         }
         let full = slot.input.len() >= self.limits.head_bytes_max;
@@ -404,13 +456,18 @@ impl Engine {
         }
     }
 
+    /// Too much waits to be sent or written down: the connection's next bytes must wait too.
+    fn is_clogged(&self, key: usize) -> bool {
+        self.slots[key].is_clogged(&self.limits) || self.is_body_ahead(key)
+    }
+
     /// The peer has sent all that it will, and all of it was looked at.
     fn peer_closed(&mut self, key: usize, now: Micros) {
         let slot = &mut self.slots[key];
         match slot.http.peer_closed(slot.input.len()) {
             Ok(()) => {
                 slot.last = true;
-                if slot.is_flushed() {
+                if slot.is_done() {
                     self.terminate(key);
                 } else {
                     self.schedule(key, now);
@@ -428,13 +485,13 @@ impl Engine {
         let mut at = 0;
         let mut head = 0..0;
         loop {
-            let slot = &mut self.slots[key];
-            if slot.last {
+            if self.slots[key].last {
                 return input.len();
             }
-            if slot.is_clogged(&self.limits) {
+            if self.is_clogged(key) {
                 break;
             }
+            let slot = &mut self.slots[key];
             let (used, event) = match slot.http.next_event(&input[at..], &mut self.head, &self.limits, self.permit) {
                 Ok(found) => found,
                 Err(refusal) => {
@@ -450,14 +507,9 @@ impl Engine {
                     head = start..at;
                     self.head_complete(key, &input[head.clone()], at == input.len(), now);
                 }
-                Event::Body(bytes) => {
-                    slot.progress = now;
-                    slot.body_bytes += bytes.len() as u64;
-                    if let Some(exchange) = &mut slot.arriving {
-                        exchange.body.extend_from_slice(bytes);
-                    }
-                }
-                Event::End => self.request_complete(key, &input[head.clone()], now),
+                Event::Body(bytes) => self.body_arrived(key, bytes, now),
+                Event::End if self.body_gathered(key, now) => self.request_ready(key, &input[head.clone()], now),
+                Event::End => {}
             }
         }
         let slot = &mut self.slots[key];
@@ -476,10 +528,12 @@ impl Engine {
 impl Engine {
     /// A head is parsed into `self.head`. If a body follows, the head is copied: its bytes will be gone by then.
     fn head_complete(&mut self, key: usize, head_bytes: &[u8], input_is_used_up: bool, now: Micros) {
-        let mut exchange = match self.head.framing {
+        let announced = match self.head.framing {
             Framing::None => None,
-            Framing::Length(_) | Framing::Chunked => Some(self.take_exchange()),
+            Framing::Length(length) => Some(length),
+            Framing::Chunked => Some(0),
         };
+        let mut exchange = announced.map(|_| self.take_exchange());
         let slot = &mut self.slots[key];
         slot.begun = false;
         slot.serial += 1;
@@ -498,16 +552,19 @@ impl Engine {
             }
         }
         self.slots[key].arriving = exchange;
+        if let Some(length) = announced {
+            self.body_announced(key, length, now);
+        }
     }
 
     /// The whole request is here: a handler may see it.
-    fn request_complete(&mut self, key: usize, head_bytes: &[u8], now: Micros) {
+    fn request_ready(&mut self, key: usize, head_bytes: &[u8], now: Micros) {
         self.stats.requests.add(1);
         let slot = &mut self.slots[key];
         let (arriving, peer) = (slot.arriving.take(), slot.peer);
         let request = match &arriving {
             Some(exchange) => Request { peer, ..exchange.request() },
-            None => Request { head: &self.head, bytes: head_bytes, body: &[], peer, ticket: None },
+            None => Request { head: &self.head, bytes: head_bytes, body: BodySource::Memory(&[]), peer, ticket: None },
         };
         match self.handler.runs(&request) {
             Runs::Inline => {
@@ -546,6 +603,9 @@ impl Engine {
         slot.ticket = None;
         slot.http.respond();
         self.answer(key, response, now);
+        if self.slots[key].outgoing.is_some() {
+            self.pump(key, now);
+        }
     }
 
     /// Answers a request that broke a rule (`http` is in `Responding` already), and serves nothing after it.
@@ -553,38 +613,61 @@ impl Engine {
         self.stats.refused(refusal);
         let slot = &mut self.slots[key];
         tracing::info!(reason = refusal.reason(), status = refusal.status(), peer = %slot.peer, "refused: {}", refusal.explain());
+        self.answer_last(key, response::refusal(refusal), now);
+    }
+
+    /// Answers a request whose body cannot be taken in, and serves nothing after it.
+    fn reject(&mut self, key: usize, response: Response, now: Micros) {
+        self.slots[key].http.fail();
+        self.answer_last(key, response, now);
+    }
+
+    fn answer_last(&mut self, key: usize, response: Response, now: Micros) {
+        let slot = &mut self.slots[key];
         slot.context = Context { version: Version::Http11, is_head: false, keep_alive: false };
-        if let Some(exchange) = slot.arriving.take() {
+        slot.gathered = false;
+        let (arriving, input) = (slot.arriving.take(), mem::take(&mut slot.input));
+        if let Some(exchange) = arriving {
             self.recycle(exchange);
         }
-        let input = mem::take(&mut self.slots[key].input);
         self.give_buffer(input);
-        self.answer(key, response::refusal(refusal), now);
+        self.answer(key, response, now);
     }
 
     /// Writes an answer behind the others of the connection.
     fn answer(&mut self, key: usize, mut response: Response, now: Micros) {
         self.prepare_output(key, now);
+        self.uncharge(key);
+        if matches!(&response.body, Body::Stream(stream) if stream.source.is_some()) {
+            tracing::error!("an inline handler cannot make a stream: it would hold up the ring thread; answered 500");
+            self.stats.faults.add(1);
+            response = internal_error();
+        }
         let slot = &mut self.slots[key];
         let keep_alive = slot.context.keep_alive && self.life == Life::Serving && !response::wants_close(&response);
         let context = Context { keep_alive, ..slot.context };
-        let body_follows = response::write_head(&mut slot.output, &response, context, &self.preamble).unwrap_or_else(|fault| {
+        let framing = response::write_head(&mut slot.output, &response, context, &self.preamble).unwrap_or_else(|fault| {
             self.stats.faults.add(1);
             tracing::error!("{}; answered 500", fault.explain());
+            let body = mem::take(&mut response.body);
+            if let Body::Stream(stream) = body {
+                stream.credit.close();
+            }
             response = internal_error();
             response::write_head(&mut slot.output, &response, context, &self.preamble).expect("our own answer is valid")
         });
         self.stats.answers[usize::from(response.status / 100)].add(1);
         slot.since = now;
-        slot.keep_alive = keep_alive;
-        slot.last = !keep_alive;
-        if body_follows && response.body.len() <= BODY_COPIED_BYTES_MAX {
-            slot.output.extend_from_slice(response.body.bytes());
-        } else if body_follows {
-            slot.body = body_chunk(response.body);
+        slot.keep_alive = keep_alive && framing != BodyFraming::Close;
+        slot.last = !slot.keep_alive;
+        match response.body {
+            Body::Stream(_) | Body::File { .. } => self.send_later(key, response.body, framing),
+            body if framing != BodyFraming::None => slot.put_body(body),
+            _ => {}
         }
-        if slot.body.is_none() {
-            slot.http.flushed(keep_alive);
+        let slot = &mut self.slots[key];
+        if slot.body.is_none() && slot.outgoing.is_none() {
+            slot.http.flushed(slot.keep_alive);
         }
     }
 
@@ -602,6 +685,8 @@ impl Engine {
         if slot.is_flushed() {
             // The time for sending begins with the first byte that waits.
             slot.progress = now;
+            slot.busy_since = now;
+            slot.busy_bytes = 0;
         }
         if !slot.dirty {
             slot.dirty = true;
@@ -620,14 +705,13 @@ impl Engine {
         if slot.send_in_flight || slot.stage != Stage::Open {
             return;
         }
-        let chunk = if slot.output.is_empty() {
-            slot.sending_body = true;
-            slot.body.take()
-        } else {
-            slot.sending_body = false;
-            Some(Chunk::owned(mem::take(&mut slot.output)))
+        slot.sending_body = slot.output.is_empty();
+        let chunk = match slot.sending_body {
+            true => slot.body.take(),
+            false => Some(Chunk::owned(mem::take(&mut slot.output))),
         };
-        if let Some(chunk) = chunk {
+        if let Some(mut chunk) = chunk {
+            chunk.end = chunk.end.min(SEND_BYTES_MAX);
             slot.send_in_flight = true;
             self.ops.push(Op::Send { token, fd: slot.fd, chunk });
             self.schedule(key, now);
@@ -652,8 +736,9 @@ impl Engine {
         };
         slot.progress = now;
         chunk.start += sent;
-        if chunk.is_empty() && slot.sending_body {
-            chunk.end = (chunk.start + BODY_PIECE_BYTES).min(chunk.payload_len());
+        slot.busy_bytes += sent as u64;
+        if chunk.is_empty() {
+            chunk.end = (chunk.start + SEND_BYTES_MAX).min(chunk.payload_len());
         }
         if !chunk.is_empty() {
             slot.send_in_flight = true;
@@ -665,6 +750,7 @@ impl Engine {
             slot.since = now;
         }
         self.give_chunk(chunk);
+        self.pump(key, now);
         let slot = &mut self.slots[key];
         if !slot.is_flushed() && !slot.dirty {
             slot.dirty = true;
@@ -679,7 +765,7 @@ impl Engine {
     /// The last answer is with the kernel: shuts our side, and gives the peer time to read it.
     fn finish(&mut self, key: usize, now: Micros) {
         let slot = &mut self.slots[key];
-        if slot.eof {
+        if slot.eof || slot.reset {
             return self.terminate(key);
         }
         slot.stage = Stage::Lingering;
@@ -710,6 +796,10 @@ impl Engine {
         }
         let (input, output, arriving) = (mem::take(&mut slot.input), mem::take(&mut slot.output), slot.arriving.take());
         slot.body = None;
+        if let Some(outgoing) = slot.outgoing.take() {
+            outgoing.abandon();
+        }
+        self.uncharge(key);
         self.give_buffer(input);
         self.give_buffer(output);
         if let Some(exchange) = arriving {
@@ -718,10 +808,16 @@ impl Engine {
         self.free(key);
     }
 
+    /// The connection's request body no longer counts.
+    fn uncharge(&mut self, key: usize) {
+        self.body_memory -= mem::take(&mut self.slots[key].charged);
+    }
+
     /// Closes a terminating connection once nothing of it is in flight.
     fn free(&mut self, key: usize) {
         if self.slots[key].is_quiet() {
             let slot = self.slots.remove(key);
+            self.forget_client(slot.peer);
             self.ops.push(Op::Close { fd: slot.fd, reset: slot.reset });
             self.stats.open.set(self.slots.len() as u64);
             self.accept_resume();
@@ -769,13 +865,24 @@ impl Engine {
             if periods.due(slot, now).is_some_and(|due| due <= now) {
                 return self.terminate(key);
             }
-        } else if !slot.is_flushed() && slot.progress + periods.send <= now {
+        } else if !slot.is_flushed() && (slot.progress + periods.send <= now || periods.is_read_too_slowly(slot, now)) {
             self.stats.send_timeouts.add(1);
             tracing::info!(peer = %slot.peer, "reset: the client does not read its answer");
             slot.reset = true;
             return self.terminate(key);
         } else if slot.ticket.is_some() {
             return self.expire_handling(key, now);
+        } else if slot.outgoing.as_ref().is_some_and(|outgoing| outgoing.waits_for_handler()) {
+            if slot.since + periods.run <= now {
+                self.stats.run_timeouts.add(1);
+                self.cut_off(key, "its handler made no more of it; try: a longer --timeout");
+                self.pump(key, now);
+                return self.proceed(key, now);
+            }
+        } else if slot.spooling && slot.gathered {
+            if slot.progress + periods.body_idle <= now {
+                self.reject(key, response::unavailable("The server's disk does not keep up.\n"), now);
+            }
         } else if slot.http.phase() == Phase::Body {
             let elapsed = now - slot.since;
             let too_slow = u128::from(slot.body_bytes) * 1_000_000 < u128::from(periods.body_rate_min) * u128::from(elapsed);
@@ -828,7 +935,7 @@ impl Periods {
             Stage::Lingering => return Some((slot.progress + self.linger).min(slot.linger_until)),
             Stage::Open => {}
         }
-        let send = if slot.is_flushed() { None } else { Some(slot.progress + self.send) };
+        let send = if slot.is_flushed() { None } else { Some((slot.progress + self.send).min((slot.busy_since + self.send_rate_grace).max(now + 1_000_000))) };
         let phase = match &slot.ticket {
             Some(ticket) => match ticket.progress() {
                 Progress::RunningSince(since) => Some(since + self.run),
@@ -843,10 +950,18 @@ impl Periods {
                     let rate = (slot.since + self.body_rate_grace).max(now + 1_000_000);
                     Some((slot.progress + self.body_idle).min(rate))
                 }
-                Phase::Handling | Phase::Responding | Phase::Closing => None,
+                Phase::Handling => Some(slot.progress + self.body_idle),
+                Phase::Responding if slot.outgoing.is_some() => Some(slot.since.max(slot.progress) + self.run),
+                Phase::Responding | Phase::Closing => None,
             },
         };
         [send, phase].into_iter().flatten().min()
+    }
+
+    /// The answers that wait go out more slowly than allowed.
+    fn is_read_too_slowly(&self, slot: &Slot, now: Micros) -> bool {
+        let elapsed = now - slot.busy_since;
+        elapsed >= self.send_rate_grace && u128::from(slot.busy_bytes) * 1_000_000 < u128::from(self.send_rate_min) * u128::from(elapsed)
     }
 
     /// How long a connection may say nothing between requests, or before the first.
@@ -897,6 +1012,9 @@ impl Engine {
             exchange.head_bytes.clear();
             exchange.body.clear();
             exchange.body.shrink_to(BUFFER_KEPT_BYTES);
+            exchange.file = None;
+            exchange.file_bytes = 0;
+            exchange.reserved = None;
             self.exchanges.push(exchange);
         }
     }
@@ -914,15 +1032,4 @@ pub fn run(handler: &dyn Handler, request: &Request<'_>, stats: &Stats) -> Respo
 
 fn internal_error() -> Response {
     Response::text("Internal server error.\n").status(500)
-}
-
-fn body_chunk(body: Body) -> Option<Chunk> {
-    let end = body.len().min(BODY_PIECE_BYTES);
-    let payload = match body {
-        Body::Empty => return None,
-        Body::Static(bytes) => Payload::Static(bytes),
-        Body::Owned(bytes) => Payload::Owned(bytes),
-        Body::Shared(bytes) => Payload::Shared(bytes),
-    };
-    Some(Chunk { payload, start: 0, end })
 }

@@ -16,8 +16,9 @@ use std::{
 use crate::{
     driver::{Driver, waker::Waker},
     exchange::Micros,
-    pool::{Clock, Desk},
+    pool::{Answer, Clock, Desk},
     shard::engine::{Engine, Life},
+    stats::Stats,
 };
 
 /// After a forced stop, the kernel is given this long to report the end of what it has in flight.
@@ -56,20 +57,35 @@ impl Control {
 ///
 /// # Errors
 /// Only when the driver itself fails; no peer can cause that.
-pub fn run(driver: &mut dyn Driver, engine: &mut Engine, desk: &Desk, control: &Arc<Control>, clock: Clock, drain: Duration) -> io::Result<usize> {
+pub fn run(
+    driver: &mut dyn Driver,
+    engine: &mut Engine,
+    desk: &Desk,
+    control: &Arc<Control>,
+    clock: Clock,
+    drain: Duration,
+    stats: &Stats,
+) -> io::Result<usize> {
     let waker = driver.waker();
     let mut second = 0;
     let mut drain_until = None;
     let mut stop_until = None;
     let mut lost = 0;
     loop {
+        stats.turns.add(1);
+        stats.enters.set(driver.figures().enters);
         let now = clock.now();
         if now / 1_000_000 != second {
             second = now / 1_000_000;
             engine.set_date(SystemTime::now());
         }
-        while let Some(exchange) = desk.answer() {
-            engine.answered(exchange, now);
+        while let Some(answer) = desk.answer() {
+            match answer {
+                Answer::Response(exchange) => engine.answered(exchange, now),
+                Answer::Piece { token, serial, bytes } => engine.piece(token, serial, bytes, now),
+                Answer::Ended { token, serial, whole } => engine.ended(token, serial, whole, now),
+                Answer::Disk(done) => engine.disk_done(done, now),
+            }
         }
         if control.life() >= Life::Draining && drain_until.is_none() {
             drain_until = Some(now + drain.as_micros() as Micros);
@@ -93,6 +109,7 @@ pub fn run(driver: &mut dyn Driver, engine: &mut Engine, desk: &Desk, control: &
         }
         engine.end_turn(now);
         engine.ops.drain(..).for_each(|op| driver.push(op));
+        engine.disk.drain(..).for_each(|job| desk.spool(job));
 
         waker.sleep();
         let more = desk.has_answer() || control.life() as u8 > 0 && stop_until.is_none() && drain_until.is_none();

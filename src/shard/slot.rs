@@ -10,13 +10,20 @@
 
 use std::{os::fd::RawFd, sync::Arc};
 
-use super::deadlines::{NO_ENTRY, Tick};
+use super::{
+    deadlines::{NO_ENTRY, Tick},
+    engine::Outgoing,
+};
 use crate::{
     config::Limits,
-    driver::{Chunk, Peer, Token},
+    driver::{Chunk, Payload, Peer, Token},
     exchange::{Exchange, Micros, Ticket},
+    handler::Body,
     http1::{Connection, Version, response::Context},
 };
+
+/// Bodies up to this size are copied behind their head.
+const BODY_COPIED_BYTES_MAX: usize = 16 << 10;
 
 /// Where a connection stands between accept and close.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +48,15 @@ pub struct Slot {
     pub output: Vec<u8>,
     /// A large body that follows `output`; the next request waits until it is sent.
     pub body: Option<Chunk>,
+    /// A response body that is not all in memory.
+    pub outgoing: Option<Box<Outgoing>>,
     /// The request whose body is arriving.
     pub arriving: Option<Box<Exchange>>,
+    /// Something of that body is on its way to the disk; `gathered`: and nothing more will come of it.
+    pub spooling: bool,
+    pub gathered: bool,
+    /// Bytes of it that count against the core's memory for bodies.
+    pub charged: usize,
     /// The request that a handler has.
     pub ticket: Option<Arc<Ticket>>,
     /// Counts the requests, complete or refused.
@@ -75,6 +89,9 @@ pub struct Slot {
     pub since_eof: Micros,
     /// When bytes last came (body) or went (answer).
     pub progress: Micros,
+    /// Since when answers have been waiting without a break, and the bytes that went out since.
+    pub busy_since: Micros,
+    pub busy_bytes: u64,
     /// Body bytes since `since`.
     pub body_bytes: u64,
     /// When the present lingering is over for good.
@@ -94,7 +111,11 @@ impl Slot {
             input: Vec::new(),
             output: Vec::new(),
             body: None,
+            outgoing: None,
             arriving: None,
+            spooling: false,
+            gathered: false,
+            charged: 0,
             ticket: None,
             serial: 0,
             recv_in_flight: false,
@@ -111,6 +132,8 @@ impl Slot {
             since: now,
             since_eof: now,
             progress: now,
+            busy_since: now,
+            busy_bytes: 0,
             body_bytes: 0,
             linger_until: 0,
             entry: NO_ENTRY,
@@ -128,7 +151,28 @@ impl Slot {
         body || self.output.len() >= limits.response_buffer_bytes_max
     }
 
-    /// Every answer byte is with the kernel.
+    /// Puts a body behind the head in `output`: a copy when it is small, so that both leave in one send.
+    pub fn put_body(&mut self, body: Body) {
+        let payload = match body {
+            Body::Static(bytes) => Payload::Static(bytes),
+            Body::Owned(bytes) => Payload::Owned(bytes),
+            Body::Shared(bytes) => Payload::Shared(bytes),
+            Body::Empty | Body::File { .. } | Body::Stream(_) => return,
+        };
+        let bytes = payload.bytes();
+        if bytes.len() <= BODY_COPIED_BYTES_MAX {
+            self.output.extend_from_slice(bytes);
+        } else {
+            self.body = Some(Chunk { start: 0, end: bytes.len(), payload });
+        }
+    }
+
+    /// Every answer is made and with the kernel.
+    pub fn is_done(&self) -> bool {
+        self.is_flushed() && self.outgoing.is_none()
+    }
+
+    /// Every byte that was to be sent is with the kernel.
     pub fn is_flushed(&self) -> bool {
         !self.send_in_flight && self.output.is_empty() && self.body.is_none()
     }

@@ -30,7 +30,11 @@ fn translate(request: &Request) -> oracle::Request {
         query: head.query.map(owned),
         host: head.host.map(owned),
         http11: head.version == Version::Http11,
-        fields: head.fields.iter().map(|field| (owned(field.name), owned(field.value))).collect(),
+        fields: head
+            .fields
+            .iter()
+            .map(|field| (owned(field.name), owned(field.value)))
+            .collect(),
         body: request.body.clone(),
         keep_alive: head.keep_alive,
         expect_continue: head.expect_continue,
@@ -61,25 +65,94 @@ fn compare(bytes: &[u8], cuts: &[usize], limits: &Limits) -> Result<bool, String
 }
 
 /// Pieces that requests are made of, good and bad ones.
-const METHODS: [&str; 10] = ["GET", "POST", "HEAD", "OPTIONS", "get", "CONNECT", "Foo", "G(T", "", "PUT"];
+const METHODS: [&str; 10] = [
+    "GET", "POST", "HEAD", "OPTIONS", "get", "CONNECT", "Foo", "G(T", "", "PUT",
+];
 const TARGETS: [&str; 14] = [
-    "/", "/a?b", "*", "http://a", "http://a/b?c", "HTTPS://A:1?x", "a:1", "/a#b", "ftp://a/", "http://u@a/", "//x", "/%00", "a",
+    "/",
+    "/a?b",
+    "*",
+    "http://a",
+    "http://a/b?c",
+    "HTTPS://A:1?x",
+    "a:1",
+    "/a#b",
+    "ftp://a/",
+    "http://u@a/",
+    "//x",
+    "/%00",
+    "a",
     "/\u{7f}",
 ];
-const VERSIONS: [&str; 8] = ["HTTP/1.1", "HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/1.9", "HTTP/2.0", "HTTP/1.10", "http/1.1"];
+const VERSIONS: [&str; 8] = [
+    "HTTP/1.1",
+    "HTTP/1.1",
+    "HTTP/1.1",
+    "HTTP/1.0",
+    "HTTP/1.9",
+    "HTTP/2.0",
+    "HTTP/1.10",
+    "http/1.1",
+];
 const FIELDS: [&str; 40] = [
-    "Host: a", "Host: a", "Host: a", "Host: a:1", "host:\tA", "Host: ", "Host: [::1]:80", "Host: [1:2::3.4.5.6]", "Host: a..b",
-    "Host: a:99999", "Content-Length: 5", "Content-Length: 0", "content-length:005\t", "Content-Length: 5, 5",
-    "Content-Length: +5", "Content-Length: 99999999999", "Content-Length: 9223372036854775808", "Content_Length: 7",
-    "Transfer-Encoding: chunked", "Transfer-Encoding: chunked", "transfer-encoding:\tChunked ", "Transfer-Encoding: gzip, chunked",
-    "Transfer-Encoding: xchunked", "Transfer-Encoding: chunked, chunked", "Transfer_Encoding: chunked", "Connection: close",
-    "Connection: a, keep-alive", "Connection: ,Close,", "Expect: 100-continue", "Expect: 100-Continue", "Expect: x", "X: y",
-    "X:", "X : y", " X: y", "X", ": y", "X: a\tb \u{e9}", "Authorization: a", "Range: bytes=0-1",
+    "Host: a",
+    "Host: a",
+    "Host: a",
+    "Host: a:1",
+    "host:\tA",
+    "Host: ",
+    "Host: [::1]:80",
+    "Host: [1:2::3.4.5.6]",
+    "Host: a..b",
+    "Host: a:99999",
+    "Content-Length: 5",
+    "Content-Length: 0",
+    "content-length:005\t",
+    "Content-Length: 5, 5",
+    "Content-Length: +5",
+    "Content-Length: 99999999999",
+    "Content-Length: 9223372036854775808",
+    "Content_Length: 7",
+    "Transfer-Encoding: chunked",
+    "Transfer-Encoding: chunked",
+    "transfer-encoding:\tChunked ",
+    "Transfer-Encoding: gzip, chunked",
+    "Transfer-Encoding: xchunked",
+    "Transfer-Encoding: chunked, chunked",
+    "Transfer_Encoding: chunked",
+    "Connection: close",
+    "Connection: a, keep-alive",
+    "Connection: ,Close,",
+    "Expect: 100-continue",
+    "Expect: 100-Continue",
+    "Expect: x",
+    "X: y",
+    "X:",
+    "X : y",
+    " X: y",
+    "X",
+    ": y",
+    "X: a\tb \u{e9}",
+    "Authorization: a",
+    "Range: bytes=0-1",
 ];
 const BODIES: [&str; 16] = [
-    "", "hello", "5\r\nhello\r\n0\r\n\r\n", "5\r\nhello\r\n0\r\nX: y\r\n\r\n", "1;a=b\r\nx\r\n0;c\r\n\r\n", "0\r\n\r\n",
-    "00005 ; a = \"q\\\"\" ;b\r\nhello\r\n000\r\n\r\n", "5;\r\nhello\r\n0\r\n\r\n", "5 \r\nhello\r\n0\r\n\r\n", "A\r\n0123456789\r\n0\r\n\r\n",
-    "5\nhello\r\n0\r\n\r\n", "5\r\nhello0\r\n\r\n", "100000005\r\nhello\r\n", "11111111111111111\r\nx", "0\r\nX : y\r\n\r\n", "0\r\nX: y\r\n",
+    "",
+    "hello",
+    "5\r\nhello\r\n0\r\n\r\n",
+    "5\r\nhello\r\n0\r\nX: y\r\n\r\n",
+    "1;a=b\r\nx\r\n0;c\r\n\r\n",
+    "0\r\n\r\n",
+    "00005 ; a = \"q\\\"\" ;b\r\nhello\r\n000\r\n\r\n",
+    "5;\r\nhello\r\n0\r\n\r\n",
+    "5 \r\nhello\r\n0\r\n\r\n",
+    "A\r\n0123456789\r\n0\r\n\r\n",
+    "5\nhello\r\n0\r\n\r\n",
+    "5\r\nhello0\r\n\r\n",
+    "100000005\r\nhello\r\n",
+    "11111111111111111\r\nx",
+    "0\r\nX : y\r\n\r\n",
+    "0\r\nX: y\r\n",
 ];
 const LINE_ENDS: [&str; 24] = {
     let mut ends = ["\r\n"; 24];
@@ -94,15 +167,27 @@ fn generate(random: &mut Random) -> Vec<u8> {
         text += "\r\n";
     }
     let space = if random.below(40) == 0 { "  " } else { " " };
-    let method = if random.below(4) == 0 { random.pick(&METHODS) } else { random.pick(&METHODS[..2]) };
-    let target = if random.below(3) == 0 { random.pick(&TARGETS) } else { random.pick(&TARGETS[..2]) };
+    let method = if random.below(4) == 0 {
+        random.pick(&METHODS)
+    } else {
+        random.pick(&METHODS[..2])
+    };
+    let target = if random.below(3) == 0 {
+        random.pick(&TARGETS)
+    } else {
+        random.pick(&TARGETS[..2])
+    };
     text += &[method, space, target, space, random.pick(&VERSIONS), "\r\n"].concat();
     if random.below(8) > 0 {
         text += "Host: a\r\n";
     }
     for _ in 0..random.below(4) {
         text += random.pick(&FIELDS);
-        text += if random.below(10) == 0 { random.pick(&LINE_ENDS) } else { "\r\n" };
+        text += if random.below(10) == 0 {
+            random.pick(&LINE_ENDS)
+        } else {
+            "\r\n"
+        };
     }
     text += "\r\n";
     text += random.pick(&BODIES);
@@ -155,7 +240,10 @@ fn compare_many(seed: u64, count: usize, mut make: impl FnMut(&mut Random) -> Ve
         let limits = limits(&mut random);
         match compare(&bytes, &cuts, &limits) {
             Ok(any) => accepted += usize::from(any),
-            Err(why) => panic!("seed {seed:#x}, input {number}: {}\n{limits:?}\n{why}", bytes.escape_ascii()),
+            Err(why) => panic!(
+                "seed {seed:#x}, input {number}: {}\n{limits:?}\n{why}",
+                bytes.escape_ascii()
+            ),
         }
     }
     accepted
@@ -163,7 +251,10 @@ fn compare_many(seed: u64, count: usize, mut make: impl FnMut(&mut Random) -> Ve
 
 /// Set to try other inputs than those that everybody tries.
 fn seed(default: u64) -> u64 {
-    std::env::var("URINGD_TEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    std::env::var("URINGD_TEST_SEED")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(default)
 }
 
 #[test]
@@ -175,21 +266,34 @@ fn generated_requests_mean_to_the_parser_what_they_mean_to_the_oracle() {
         }
         bytes
     });
-    assert!((2_000..18_000).contains(&accepted), "{accepted} inputs were accepted: the generator is lopsided");
+    assert!(
+        (2_000..18_000).contains(&accepted),
+        "{accepted} inputs were accepted: the generator is lopsided"
+    );
 }
 
 #[test]
 fn mutated_requests_mean_to_the_parser_what_they_mean_to_the_oracle() {
-    let cases: Vec<Vec<u8>> =
-        corpus::cases().into_iter().map(|case| case.raw).filter(|raw| raw.len() < 2000).collect();
+    let cases: Vec<Vec<u8>> = corpus::cases()
+        .into_iter()
+        .map(|case| case.raw)
+        .filter(|raw| raw.len() < 2000)
+        .collect();
     let accepted = compare_many(seed(0x5eed_0004), 30_000, |random| {
-        let mut bytes = if random.below(2) == 0 { cases[random.below(cases.len())].clone() } else { generate(random) };
+        let mut bytes = if random.below(2) == 0 {
+            cases[random.below(cases.len())].clone()
+        } else {
+            generate(random)
+        };
         for _ in 0..random.below(4) {
             mutate(&mut bytes, random);
         }
         bytes
     });
-    assert!((2_000..28_000).contains(&accepted), "{accepted} inputs were accepted: the generator is lopsided");
+    assert!(
+        (2_000..28_000).contains(&accepted),
+        "{accepted} inputs were accepted: the generator is lopsided"
+    );
 }
 
 #[test]

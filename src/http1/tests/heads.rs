@@ -36,7 +36,11 @@ fn a_target_is_split_at_its_first_question_mark() {
         let bytes = &request.head_bytes;
         assert_eq!(request.head.target.of(bytes), target.as_bytes());
         assert_eq!(request.head.path.of(bytes), path.as_bytes(), "{target}");
-        assert_eq!(request.head.query.map(|query| query.of(bytes)), query.map(str::as_bytes), "{target}");
+        assert_eq!(
+            request.head.query.map(|query| query.of(bytes)),
+            query.map(str::as_bytes),
+            "{target}"
+        );
     }
 }
 
@@ -63,7 +67,11 @@ fn the_host_comes_from_the_field_or_from_the_target() {
         ("GET / HTTP/1.0\r\n\r\n", None),
     ] {
         let request = request(bytes.as_bytes());
-        assert_eq!(request.head.host.map(|host| host.of(&request.head_bytes)), host.map(str::as_bytes), "{bytes:?}");
+        assert_eq!(
+            request.head.host.map(|host| host.of(&request.head_bytes)),
+            host.map(str::as_bytes),
+            "{bytes:?}"
+        );
     }
 }
 
@@ -71,7 +79,10 @@ fn the_host_comes_from_the_field_or_from_the_target() {
 fn a_missing_host_passes_only_where_permitted() {
     let bytes = b"GET / HTTP/1.1\r\n\r\n";
     assert_eq!(run(bytes).end, End::Refused(Refusal::HostMissing));
-    let permit = Permit { host_missing: true, ..Permit::default() };
+    let permit = Permit {
+        host_missing: true,
+        ..Permit::default()
+    };
     let run = fuzzing::run(bytes, &[], &Limits::default(), permit);
     assert_eq!((run.requests.len(), run.end), (1, End::Open));
     assert_eq!(run.requests[0].head.host, None);
@@ -79,12 +90,39 @@ fn a_missing_host_passes_only_where_permitted() {
 
 #[test]
 fn hosts_are_names_addresses_and_ports() {
-    for host in ["a", "a.", "a-b_c.d", "1.2.3.4", "%41b", "[::]", "[1:2:3:4:5:6:7:8]:65535", "a:", "a:0", "a:00080"] {
+    for host in [
+        "a",
+        "a.",
+        "a-b_c.d",
+        "1.2.3.4",
+        "%41b",
+        "[::]",
+        "[1:2:3:4:5:6:7:8]:65535",
+        "a:",
+        "a:0",
+        "a:00080",
+    ] {
         request(format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n").as_bytes());
     }
     for host in [
-        "", ":80", "a..", ".a", "%4", "%zz", "a:65536", "a:000080", "a:-1", "[]", "[::1%25eth0]", "[v1.a]", "[::1]:x", "a:b:1",
-        "a/", "a\"b", "a b", "\u{e9}",
+        "",
+        ":80",
+        "a..",
+        ".a",
+        "%4",
+        "%zz",
+        "a:65536",
+        "a:000080",
+        "a:-1",
+        "[]",
+        "[::1%25eth0]",
+        "[v1.a]",
+        "[::1]:x",
+        "a:b:1",
+        "a/",
+        "a\"b",
+        "a b",
+        "\u{e9}",
     ] {
         refused(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"), Refusal::HostBad);
     }
@@ -133,13 +171,31 @@ fn fields_keep_their_order_their_case_and_their_duplicates() {
         .iter()
         .map(|field| (field.name.of(&request.head_bytes), field.value.of(&request.head_bytes)))
         .collect();
-    assert_eq!(fields, [(&b"Host"[..], &b"a"[..]), (b"X-a", b"1"), (b"x_A", b""), (b"X-A", b"2 3")]);
+    assert_eq!(
+        fields,
+        [
+            (&b"Host"[..], &b"a"[..]),
+            (b"X-a", b"1"),
+            (b"x_A", b""),
+            (b"X-A", b"2 3")
+        ]
+    );
 }
 
 #[test]
 fn single_fields_may_not_be_repeated_and_others_may() {
-    for name in ["Authorization", "Content-Type", "Range", "Max-Forwards", "If-Modified-Since", "proxy-authorization"] {
-        refused(&with_field(&format!("{name}: a\r\n{}: a", name.to_lowercase())), Refusal::FieldRepeated);
+    for name in [
+        "Authorization",
+        "Content-Type",
+        "Range",
+        "Max-Forwards",
+        "If-Modified-Since",
+        "proxy-authorization",
+    ] {
+        refused(
+            &with_field(&format!("{name}: a\r\n{}: a", name.to_lowercase())),
+            Refusal::FieldRepeated,
+        );
     }
     for name in ["Cookie", "X", "Referer", "Accept", "Connection"] {
         request(with_field(&format!("{name}: a\r\n{name}: b")).as_bytes());
@@ -152,8 +208,14 @@ fn a_client_waits_for_100_only_with_a_body_and_http11() {
     for (bytes, waits) in [
         (format!("POST / HTTP/1.1\r\nHost: a\r\n{body}"), true),
         (format!("POST / HTTP/1.0\r\nHost: a\r\n{body}"), false),
-        ("POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n\r\n".to_owned(), false),
-        ("POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 0\r\n\r\n".to_owned(), false),
+        (
+            "POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n\r\n".to_owned(),
+            false,
+        ),
+        (
+            "POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 0\r\n\r\n".to_owned(),
+            false,
+        ),
     ] {
         assert_eq!(request(bytes.as_bytes()).head.expect_continue, waits, "{bytes:?}");
     }
@@ -177,13 +239,28 @@ fn codings_other_than_chunked_are_told_from_nonsense() {
 
 #[test]
 fn a_body_too_large_by_its_own_account_is_refused_before_it_arrives() {
-    let limits = Limits { body_bytes_max: 5, ..Limits::default() };
+    let limits = Limits {
+        body_bytes_max: 5,
+        ..Limits::default()
+    };
     let head = |length: &str| format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
-    assert_eq!(run_with(head("6").as_bytes(), &limits).end, End::Refused(Refusal::BodyTooLarge));
-    assert_eq!(run_with((head("0005") + "hello").as_bytes(), &limits).requests[0].body, b"hello");
+    assert_eq!(
+        run_with(head("6").as_bytes(), &limits).end,
+        End::Refused(Refusal::BodyTooLarge)
+    );
+    assert_eq!(
+        run_with((head("0005") + "hello").as_bytes(), &limits).requests[0].body,
+        b"hello"
+    );
     let chunked = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n";
-    assert_eq!(run_with(format!("{chunked}3\r\n").as_bytes(), &limits).end, End::Refused(Refusal::BodyTooLarge));
-    assert_eq!(run_with(format!("{chunked}2\r\nde\r\n0\r\n\r\n").as_bytes(), &limits).requests[0].body, b"abcde");
+    assert_eq!(
+        run_with(format!("{chunked}3\r\n").as_bytes(), &limits).end,
+        End::Refused(Refusal::BodyTooLarge)
+    );
+    assert_eq!(
+        run_with(format!("{chunked}2\r\nde\r\n0\r\n\r\n").as_bytes(), &limits).requests[0].body,
+        b"abcde"
+    );
 }
 
 /// One byte less than what is sent is refused, the exact length passes; whole and byte by byte.
@@ -202,24 +279,99 @@ fn check_limit(bytes: &str, refusal: Refusal, limits: impl Fn(usize) -> Limits, 
 fn limits_are_exact() {
     let none = Limits::default;
     let bytes = "\r\nGET /0123456789 HTTP/1.1\r\nHost: a\r\nX:   0123456789   \r\nLast: 0123456789\r\n\r\n";
-    check_limit(bytes, Refusal::HeadTooLarge, |n| Limits { head_bytes_max: n, ..none() }, bytes.len());
-    check_limit(bytes, Refusal::RequestLineTooLong, |n| Limits { request_line_bytes_max: n, ..none() }, 24);
-    check_limit(bytes, Refusal::FieldTooLong, |n| Limits { field_bytes_max: n, ..none() }, 18);
-    check_limit(bytes, Refusal::FieldsTooMany, |n| Limits { fields_max: n, ..none() }, 3);
+    check_limit(
+        bytes,
+        Refusal::HeadTooLarge,
+        |n| Limits {
+            head_bytes_max: n,
+            ..none()
+        },
+        bytes.len(),
+    );
+    check_limit(
+        bytes,
+        Refusal::RequestLineTooLong,
+        |n| Limits {
+            request_line_bytes_max: n,
+            ..none()
+        },
+        24,
+    );
+    check_limit(
+        bytes,
+        Refusal::FieldTooLong,
+        |n| Limits {
+            field_bytes_max: n,
+            ..none()
+        },
+        18,
+    );
+    check_limit(
+        bytes,
+        Refusal::FieldsTooMany,
+        |n| Limits {
+            fields_max: n,
+            ..none()
+        },
+        3,
+    );
     let head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
     let chunked = format!("{head}5;name=\"val\"\r\nhello\r\n0\r\n\r\n");
-    check_limit(&chunked, Refusal::ChunkLineTooLong, |n| Limits { chunk_line_bytes_max: n, ..none() }, 12);
-    check_limit(&chunked, Refusal::BodyTooLarge, |n| Limits { body_bytes_max: n as u64, ..none() }, 5);
+    check_limit(
+        &chunked,
+        Refusal::ChunkLineTooLong,
+        |n| Limits {
+            chunk_line_bytes_max: n,
+            ..none()
+        },
+        12,
+    );
+    check_limit(
+        &chunked,
+        Refusal::BodyTooLarge,
+        |n| Limits {
+            body_bytes_max: n as u64,
+            ..none()
+        },
+        5,
+    );
     let trailers = format!("{head}0\r\n{}\r\n", "T: 0123456789\r\n".repeat(6));
-    check_limit(&trailers, Refusal::TrailersTooLarge, |n| Limits { head_bytes_max: n, ..none() }, 92);
-    check_limit(&trailers, Refusal::FieldsTooMany, |n| Limits { fields_max: n, ..none() }, 6);
+    check_limit(
+        &trailers,
+        Refusal::TrailersTooLarge,
+        |n| Limits {
+            head_bytes_max: n,
+            ..none()
+        },
+        92,
+    );
+    check_limit(
+        &trailers,
+        Refusal::FieldsTooMany,
+        |n| Limits {
+            fields_max: n,
+            ..none()
+        },
+        6,
+    );
 }
 
 #[test]
 fn more_fields_than_the_stack_has_room_for_are_still_parsed() {
-    let limits = Limits { fields_max: 1000, ..Limits::default() };
+    let limits = Limits {
+        fields_max: 1000,
+        ..Limits::default()
+    };
     let bytes = format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "X: y\r\n".repeat(999));
-    check_limit(&bytes, Refusal::FieldsTooMany, |n| Limits { fields_max: n, ..limits.clone() }, 1000);
+    check_limit(
+        &bytes,
+        Refusal::FieldsTooMany,
+        |n| Limits {
+            fields_max: n,
+            ..limits.clone()
+        },
+        1000,
+    );
 }
 
 #[test]
@@ -228,9 +380,18 @@ fn small_chunks_are_fine_until_they_are_most_of_the_body() {
     let body = |chunk: &str, count: usize| [head, &chunk.repeat(count), "0\r\n\r\n"].concat();
     let limits = Limits::default();
     assert_eq!(run_with(body("1\r\nx\r\n", 20_000).as_bytes(), &limits).end, End::Open);
-    assert_eq!(run_with(body("3\r\nxyz\r\n", 200_000).as_bytes(), &limits).end, End::Open);
-    assert_eq!(run_with(body("a\r\n0123456789\r\n", 100_000).as_bytes(), &limits).end, End::Open);
-    assert_eq!(run_with(body("1\r\nx\r\n", 25_000).as_bytes(), &limits).end, End::Refused(Refusal::ChunkOverhead));
+    assert_eq!(
+        run_with(body("3\r\nxyz\r\n", 200_000).as_bytes(), &limits).end,
+        End::Open
+    );
+    assert_eq!(
+        run_with(body("a\r\n0123456789\r\n", 100_000).as_bytes(), &limits).end,
+        End::Open
+    );
+    assert_eq!(
+        run_with(body("1\r\nx\r\n", 25_000).as_bytes(), &limits).end,
+        End::Refused(Refusal::ChunkOverhead)
+    );
 }
 
 #[test]
@@ -244,13 +405,40 @@ fn trailers_never_become_fields() {
 }
 
 #[test]
+fn what_cannot_become_a_request_is_refused_before_its_end() {
+    for (bytes, refusal) in [
+        (&b"\x16"[..], Refusal::MethodBad),
+        (b"\r\n\r", Refusal::EmptyLines),
+        (b"\r\n\n", Refusal::BareLf),
+        (b"GET /\xe9", Refusal::TargetBad),
+        (b"GET /\0", Refusal::TargetBad),
+        (b"GET / HTTP/1.1\rX", Refusal::BareCr),
+        (b"GET / HTTP/3.0\r\n", Refusal::VersionUnsupported),
+        (b"GET / HTTP/1.1\r\n ", Refusal::FieldFolded),
+        (b"GET / HTTP/1.1\r\nX: y\0", Refusal::FieldValueControl),
+        (b"GET / HTTP/1.1\r\nX: y\n", Refusal::BareLf),
+        (b"GET / HTTP/1.1\r\nX: y\r\nX ", Refusal::FieldNameSpace),
+    ] {
+        assert_eq!(run(bytes).end, End::Refused(refusal), "{}", bytes.escape_ascii());
+        let one_less = run(&bytes[..bytes.len() - 1]).end;
+        assert!(
+            matches!(one_less, End::Open | End::Refused(Refusal::Truncated)),
+            "{}",
+            bytes.escape_ascii()
+        );
+    }
+}
+
+#[test]
 fn a_warm_head_is_used_again_without_leftovers() {
     let mut head = Head::default();
-    let mut bytes = b"HEAD http://b/?q HTTP/1.1\r\nHost: b\r\nContent-Length: 0\r\nX: y\r\n\r\nGET / HTTP/1.0\r\n\r\n".to_vec();
+    let mut bytes =
+        b"HEAD http://b/?q HTTP/1.1\r\nHost: b\r\nContent-Length: 0\r\nX: y\r\n\r\nGET / HTTP/1.0\r\n\r\n".to_vec();
     let mut connection = Connection::new();
     for _ in 0..2 {
-        let (count, event) =
-            connection.next_event(&bytes, &mut head, &Limits::default(), Permit::default()).expect("a good head");
+        let (count, event) = connection
+            .next_event(&bytes, &mut head, &Limits::default(), Permit::default())
+            .expect("a good head");
         assert_eq!(event, Event::Head);
         bytes.drain(..count);
         let end = connection.next_event(&[], &mut head, &Limits::default(), Permit::default());
@@ -260,7 +448,12 @@ fn a_warm_head_is_used_again_without_leftovers() {
     }
     let mut fresh = Head::default();
     Connection::new()
-        .next_event(b"GET / HTTP/1.0\r\n\r\n", &mut fresh, &Limits::default(), Permit::default())
+        .next_event(
+            b"GET / HTTP/1.0\r\n\r\n",
+            &mut fresh,
+            &Limits::default(),
+            Permit::default(),
+        )
         .expect("a good head");
     assert_eq!(head, fresh);
 }

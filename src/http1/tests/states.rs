@@ -1,11 +1,7 @@
 //! The table of phases, and what a `Connection` makes of it.
 
 use super::run;
-use crate::http1::{
-    Connection, Phase, Refusal,
-    fuzzing::End,
-    state::Step,
-};
+use crate::http1::{Connection, Phase, Refusal, fuzzing::End, state::Step};
 
 #[test]
 fn exactly_seven_pairs_of_phase_and_step_are_legal() {
