@@ -169,7 +169,7 @@ impl Pools {
             match &made {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "a streamed body was not finished"),
-                Err(_) => stats.panics.add(1),
+                Err(_) => stats.panics.add_shared(1),
             }
             home.send(Answer::Ended { token, serial, whole: matches!(made, Ok(Ok(()))) });
         }

@@ -1,4 +1,4 @@
-//! Counters of one shard, which any thread may read and only the shard's own thread writes.
+//! Counters of one shard, which any thread may read and only the shard's own thread writes (but for [`Counter::add_shared`]).
 
 use std::{
     collections::BTreeMap,
@@ -20,6 +20,11 @@ impl Counter {
     #[inline]
     pub fn set(&self, value: u64) {
         self.0.store(value, Ordering::Relaxed);
+    }
+
+    /// The same from any thread, at the price of a locked instruction.
+    pub fn add_shared(&self, amount: u64) {
+        self.0.fetch_add(amount, Ordering::Relaxed);
     }
 
     pub fn read(&self) -> u64 {
@@ -45,7 +50,7 @@ pub struct Stats {
     pub run_timeouts: Counter,
     /// Requests never run because the client left first.
     pub withdrawn: Counter,
-    /// Handlers that panicked, and answers of theirs that could not be sent.
+    /// Handlers that panicked (counted on their threads), and answers of theirs that could not be sent.
     pub panics: Counter,
     pub faults: Counter,
     /// Requests refused for lack of memory or room for their body, and disk jobs that failed.

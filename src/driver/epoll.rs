@@ -197,8 +197,7 @@ impl Driver for EpollDriver {
             } else if self.poll_due {
                 self.poll(0)?;
             } else {
-                // Nobody needs to ring for a thread that does not sleep.
-                self.waker.awake();
+                // The bell stays armed: if this turn brings nothing, the next one sleeps, and must hear a ring.
                 self.poll_due = true;
             }
             let mut reported = self.turn_connections(each);

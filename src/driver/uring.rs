@@ -189,7 +189,7 @@ impl UringDriver {
     fn send(&mut self, token: Token, fd: RawFd, chunk: Chunk) {
         let bytes = chunk.bytes();
         let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        let entry = opcode::Send::new(types::Fd(fd), bytes.as_ptr(), length).flags(libc::MSG_NOSIGNAL | libc::MSG_WAITALL).build();
+        let entry = opcode::Send::new(types::Fd(fd), bytes.as_ptr(), length).flags(libc::MSG_NOSIGNAL).build();
         // Moving the chunk does not move its bytes.
         let before = self.slot(token).chunk.replace(chunk);
         assert!(before.is_none(), "two sends in flight on slot {}", token.slot);

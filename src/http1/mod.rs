@@ -23,7 +23,7 @@
 //! or gets a [`Refusal`]: the peer broke a rule. It knows its status and its reason; the connection
 //! is `Responding` from then on, and closes after the answer.
 //!
-//! How the bytes were split on their way never changes the events (`tests/it/split.rs`).
+//! How the bytes were split on their way never changes the events (`http1/tests/corpus.rs`).
 
 pub mod body;
 pub mod connection;

@@ -154,7 +154,9 @@ pub fn wants_close(response: &Response) -> bool {
 
 /// The answer to a refused request: what was wrong, in a sentence.
 pub fn refusal(refusal: Refusal) -> Response {
-    Response::text(format!("{}\n", refusal.explain())).status(refusal.status())
+    let response = Response::text(format!("{}\n", refusal.explain())).status(refusal.status());
+    // RFC 9110 section 15.5.6: a 405 lists what is allowed.
+    if refusal.status() == 405 { response.header("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS") } else { response }
 }
 
 /// The answer to a request that could not be served just now; asks to come back (RFC 9110 section 10.2.3).

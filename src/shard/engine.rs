@@ -618,7 +618,11 @@ impl Engine {
 
     /// Answers a request whose body cannot be taken in, and serves nothing after it.
     fn reject(&mut self, key: usize, response: Response, now: Micros) {
-        self.slots[key].http.fail();
+        let http = &mut self.slots[key].http;
+        match http.phase() {
+            Phase::Handling => http.respond(),
+            _ => http.fail(),
+        }
         self.answer_last(key, response, now);
     }
 
@@ -1024,7 +1028,7 @@ impl Engine {
 pub fn run(handler: &dyn Handler, request: &Request<'_>, stats: &Stats) -> Response {
     // A handler may leave its own state in disorder when it panics; ours is not touched by it.
     catch_unwind(AssertUnwindSafe(|| handler.handle(request))).unwrap_or_else(|_| {
-        stats.panics.add(1);
+        stats.panics.add_shared(1);
         tracing::error!(method = request.method(), path = request.path(), "the handler panicked; answered 500");
         internal_error()
     })
