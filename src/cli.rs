@@ -95,6 +95,10 @@ pub struct Options {
     /// An answer may go without progress this long; then the connection is reset [default: 60]
     #[arg(long, value_name = "SECS", env = "URINGD_SEND_TIMEOUT", help_heading = "Time limits")]
     pub send_timeout: Option<Seconds>,
+    /// A client must read waiting answers this fast on average, in bytes a second, after 10 seconds; else the connection is
+    /// reset [default: 500]
+    #[arg(long, value_name = "BYTES", env = "URINGD_SEND_RATE", help_heading = "Time limits")]
+    pub send_rate: Option<u64>,
     /// A connection may idle this long between requests [default: 15]
     #[arg(long, alias = "keepalive", value_name = "SECS", env = "URINGD_KEEP_ALIVE", help_heading = "Time limits")]
     pub keep_alive: Option<Seconds>,
@@ -123,10 +127,31 @@ pub struct Options {
     /// Bytes of a request body; more get 413 [default: 1073741824]
     #[arg(long, alias = "max-request-body-size", value_name = "BYTES", env = "URINGD_LIMIT_BODY", help_heading = "Limits")]
     pub limit_body: Option<u64>,
+    /// Bytes of a request body kept in memory; a longer one goes into an unlinked file [default: 65536]
+    #[arg(long, value_name = "BYTES", env = "URINGD_BODY_MEMORY", help_heading = "Limits")]
+    pub body_memory: Option<usize>,
+    /// Bytes of request bodies in memory, per core; beyond it, requests with bodies get 503 [default: 268435456]
+    #[arg(long, value_name = "BYTES", env = "URINGD_LIMIT_BODY_MEMORY", help_heading = "Limits")]
+    pub limit_body_memory: Option<usize>,
+    /// Bytes of responses in memory, per core; beyond it, they go through files [default: 268435456]
+    #[arg(long, value_name = "BYTES", env = "URINGD_LIMIT_RESPONSE_MEMORY", help_heading = "Limits")]
+    pub limit_response_memory: Option<usize>,
+    /// Bytes of one streamed response in its file; beyond it, its handler waits [default: 1073741824]
+    #[arg(long, value_name = "BYTES", env = "URINGD_LIMIT_RESPONSE_SPOOL", help_heading = "Limits")]
+    pub limit_response_spool: Option<u64>,
+    /// Bytes of all files of bodies; beyond it, large request bodies get 507 [default: 17179869184]
+    #[arg(long, value_name = "BYTES", env = "URINGD_LIMIT_SPOOL", help_heading = "Limits")]
+    pub limit_spool: Option<u64>,
+    /// Where those files are made [default: $TMPDIR or /var/tmp]
+    #[arg(long, value_name = "DIR", env = "URINGD_SPOOL_DIR", help_heading = "Limits")]
+    pub spool_dir: Option<PathBuf>,
+    /// Connections of one client address, per core; more are reset; 0: any number [default: 0]
+    #[arg(long, value_name = "N", env = "URINGD_LIMIT_PER_IP", help_heading = "Limits")]
+    pub limit_per_ip: Option<usize>,
     /// Requests on one connection before it is closed; 0: any number [default: 0]
     #[arg(long, value_name = "N", env = "URINGD_KEEP_ALIVE_REQUESTS", help_heading = "Limits")]
     pub keep_alive_requests: Option<u64>,
-    /// Relax one rule of the strict request profile: host-missing, underscore-headers; repeatable
+    /// Relax one rule of the strict request profile: double-slash, host-missing, underscore-headers; repeatable
     #[arg(long, value_name = "RULE", env = "URINGD_PERMIT", value_delimiter = ',', help_heading = "Limits")]
     pub permit: Vec<String>,
 }
@@ -217,7 +242,8 @@ impl Options {
             target cores handlers handler_cores backend backlog log_level log_format
             timeout queue_timeout head_timeout body_timeout body_rate send_timeout keep_alive graceful_timeout
             queue limit_connections limit_request_line limit_request_fields limit_request_field_size limit_head
-            limit_body keep_alive_requests;
+            limit_body keep_alive_requests send_rate body_memory limit_body_memory limit_response_memory
+            limit_response_spool limit_spool spool_dir limit_per_ip;
             bind permit;
             config check
         }
@@ -247,9 +273,10 @@ impl Options {
         };
         for rule in &self.permit {
             match rule.as_str() {
+                "double-slash" => config.permit.double_slash = true,
                 "host-missing" => config.permit.host_missing = true,
                 "underscore-headers" => config.permit.underscore_headers = true,
-                other => return Err(Usage(format!("--permit {other}: try host-missing or underscore-headers"))),
+                other => return Err(Usage(format!("--permit {other}: try double-slash, host-missing or underscore-headers"))),
             }
         }
         set(&mut config.handlers, self.handlers);
@@ -263,6 +290,14 @@ impl Options {
         set(&mut limits.head_bytes_max, self.limit_head);
         set(&mut limits.body_bytes_max, self.limit_body);
         set(&mut limits.keep_alive_requests_max, self.keep_alive_requests);
+        set(&mut limits.body_memory_bytes_max, self.body_memory);
+        set(&mut limits.body_memory_total_bytes_max, self.limit_body_memory);
+        set(&mut limits.response_memory_total_bytes_max, self.limit_response_memory);
+        set(&mut limits.response_spool_bytes_max, self.limit_response_spool);
+        set(&mut limits.spool_bytes_max, self.limit_spool);
+        limits.connections_per_ip_max = self.limit_per_ip.filter(|limit| *limit > 0);
+        let temporary = std::env::var_os("TMPDIR").map(PathBuf::from);
+        set(&mut config.spool_directory, self.spool_dir.clone().or(temporary));
         let timeouts = &mut config.timeouts;
         let seconds = |option: Option<Seconds>| option.map(|seconds| seconds.0);
         set(&mut timeouts.run, seconds(self.timeout));
@@ -271,6 +306,7 @@ impl Options {
         set(&mut timeouts.body_idle, seconds(self.body_timeout));
         set(&mut timeouts.body_rate_min, self.body_rate);
         set(&mut timeouts.send, seconds(self.send_timeout));
+        set(&mut timeouts.send_rate_min, self.send_rate);
         set(&mut timeouts.keep_alive, seconds(self.keep_alive));
         set(&mut timeouts.drain, seconds(self.graceful_timeout));
         config.checked().map_err(Usage)

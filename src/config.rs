@@ -116,6 +116,9 @@ pub struct Limits {
     /// Response bytes that one connection may have waiting in memory before its next pipelined request is
     /// looked at, in bytes.
     pub response_buffer_bytes_max: usize,
+    /// Response bytes waiting in memory per core, all connections together; beyond it, bodies go through files however
+    /// small, and a connection's next request waits until its last answer is sent.
+    pub response_memory_total_bytes_max: usize,
     /// Requests on one connection before it is closed; 0 for no limit. nginx 1,000, for the memory that its
     /// connections gather; ours gather none.
     pub keep_alive_requests_max: u64,
@@ -138,6 +141,7 @@ impl Default for Limits {
             connections_per_ip_max: None,
             queue_max: 1024,
             response_buffer_bytes_max: 1 << 20,
+            response_memory_total_bytes_max: 256 << 20,
             keep_alive_requests_max: 0,
         }
     }
@@ -202,6 +206,9 @@ pub struct Permit {
     /// Field names with an underscore reach CGI-style environments. Danger: `X_Forwarded_For` and
     /// `X-Forwarded-For` become the same name there, so a client can write what only a proxy should.
     pub underscore_headers: bool,
+    /// A target whose path begins with `//` (RFC 3986 section 3.3). Danger: a handler that redirects to the path it was
+    /// asked for sends the client to whatever host is named there.
+    pub double_slash: bool,
 }
 
 impl Config {
@@ -234,6 +241,39 @@ impl Config {
         Ok(self)
     }
 }
+
+impl Config {
+    /// What the limits add up to for one core, in bytes: name and amount. The whole process has this for each core, and
+    /// [`MEMORY_BASE_BYTES`] once.
+    ///
+    /// A soak with every kind of bad client stays below it (`tests/memory.rs`).
+    pub fn memory_ceiling(&self) -> [(&'static str, u64); 6] {
+        let limits = &self.limits;
+        let head = limits.head_bytes_max as u64 + 16 * limits.fields_max as u64 + EXCHANGE_BYTES;
+        let connection = CONNECTION_BYTES + limits.head_bytes_max as u64 + RECEIVE_BYTES;
+        let at_handlers = (limits.queue_max + self.handlers) as u64;
+        [
+            ("ring and receive buffers", RING_BYTES),
+            ("connections, each with a request head", limits.connections_max as u64 * connection),
+            ("requests queued and in handlers", at_handlers * head),
+            ("request bodies", limits.body_memory_total_bytes_max as u64),
+            ("responses", limits.response_memory_total_bytes_max as u64),
+            ("streams of handlers", self.handlers as u64 * STREAM_BYTES),
+        ]
+    }
+}
+
+/// A process that serves nobody: program, stacks, logging.
+pub const MEMORY_BASE_BYTES: u64 = 32 << 20;
+/// The io_uring queues and 1,024 receive buffers of 4 KiB.
+const RING_BYTES: u64 = 6 << 20;
+/// A connection's slots in engine and driver and its entry in the wheel, and one output buffer.
+const CONNECTION_BYTES: u64 = 2 << 10;
+/// What one turn may bring beyond a full head.
+const RECEIVE_BYTES: u64 = 16 << 10;
+const EXCHANGE_BYTES: u64 = 1 << 10;
+/// A handler's window and the file pieces made of it.
+const STREAM_BYTES: u64 = 1 << 20;
 
 /// A head larger than this is nobody's: it is read into memory whole.
 const HEAD_BYTES_CEILING: usize = 1 << 20;
@@ -271,11 +311,24 @@ impl fmt::Display for Config {
             ("limit-request-field-size", limits.field_bytes_max as u64),
             ("limit-head", limits.head_bytes_max as u64),
             ("limit-body", limits.body_bytes_max),
+            ("body-memory", limits.body_memory_bytes_max as u64),
+            ("limit-body-memory", limits.body_memory_total_bytes_max as u64),
+            ("limit-response-memory", limits.response_memory_total_bytes_max as u64),
+            ("limit-response-spool", limits.response_spool_bytes_max),
+            ("limit-spool", limits.spool_bytes_max),
+            ("limit-per-ip", limits.connections_per_ip_max.unwrap_or(0) as u64),
+            ("send-rate", timeouts.send_rate_min),
             ("keep-alive-requests", limits.keep_alive_requests_max),
         ] {
             writeln!(f, "{key} = {value}")?;
         }
-        let permits = [("host-missing", self.permit.host_missing), ("underscore-headers", self.permit.underscore_headers)];
+        writeln!(f, "spool-dir = \"{}\"", self.spool_directory.display())?;
+        let permit = self.permit;
+        let permits = [
+            ("double-slash", permit.double_slash),
+            ("host-missing", permit.host_missing),
+            ("underscore-headers", permit.underscore_headers),
+        ];
         let permits: Vec<String> = permits.iter().filter(|rule| rule.1).map(|rule| format!("\"{}\"", rule.0)).collect();
         writeln!(f, "permit = [{}]", permits.join(", "))
     }

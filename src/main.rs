@@ -5,8 +5,9 @@ use std::{fs, path::Path, process::ExitCode};
 
 use clap::Parser;
 use uringd::{
-    Server,
+    Config, Server,
     cli::{Options, Target, Usage},
+    config::MEMORY_BASE_BYTES,
     error::Error,
 };
 
@@ -49,10 +50,24 @@ fn serve(options: &Options) -> Result<(), Failure> {
         }
     };
     if options.check {
-        print!("target = \"{text}\"\n{config}");
+        print!("target = \"{text}\"\n{config}\n{}", memory(&config));
         return Ok(());
     }
     Server::with_handler(builtin).target(builtin.name()).config(config).run().map_err(Failure::Server)
+}
+
+/// The memory ceiling, as comments of the configuration file.
+fn memory(config: &Config) -> String {
+    let mib = |bytes: u64| format!("{:>8.1} MiB", bytes as f64 / (1 << 20) as f64);
+    let parts = config.memory_ceiling();
+    let core: u64 = parts.iter().map(|part| part.1).sum();
+    let rows: Vec<String> = parts.iter().map(|(name, bytes)| format!("# {}  {name}\n", mib(*bytes))).collect();
+    format!(
+        "# memory, at most, for each core:\n{}# {}  in all, and {} for the process; what handlers allocate comes on top\n",
+        rows.concat(),
+        mib(core),
+        mib(MEMORY_BASE_BYTES).trim(),
+    )
 }
 
 fn fail(error: &dyn std::error::Error, status: u8) -> ExitCode {

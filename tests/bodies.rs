@@ -52,6 +52,7 @@ fn application(request: &Request<'_>) -> Response {
             let body = if request.path() == "/stream" { Body::stream(write) } else { Body::stream_sized(length, write) };
             Response::new(200).body(body)
         }
+        "/owned" => Response::new(200).body(expected(number() as usize)),
         "/long" => Response::new(200).body(Body::stream_sized(3, |out| out.write_all(b"abcdef"))),
         "/panic" => Response::new(200).body(Body::stream(|out| {
             out.write_all(b"begun")?;
@@ -279,6 +280,28 @@ fn a_stream_to_a_client_that_does_not_read_goes_to_a_file_and_frees_its_handler(
             assert!(split(answer).1 == expected(length));
         },
     );
+}
+
+#[test]
+fn without_memory_for_responses_they_go_through_files_and_arrive_whole() {
+    let _alone = alone();
+    let tight = |config: &mut Config| config.limits.response_memory_total_bytes_max = 100_000;
+    each_backend(tight, |address, running| {
+        let length = 8_000_000;
+        let slow: Vec<_> = (0..4)
+            .map(|_| {
+                let mut stream = connect(address);
+                write!(stream, "GET /owned?{length} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").expect("sent");
+                stream
+            })
+            .collect();
+        until("all are answered", || running.stats()[0].answers[2].read() == 4);
+        for mut stream in slow {
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).expect("all of it");
+            assert!(split(answer).1 == expected(length));
+        }
+    });
 }
 
 #[test]

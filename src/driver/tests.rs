@@ -182,8 +182,10 @@ fn a_peer_that_sends_without_end_does_not_keep_others_waiting() {
         }
         kernel.until_recv_end(flooded_token);
         kernel.until_recv_end(waiting_token);
-        kernel.close(flooded);
-        kernel.close(waiting);
+        // Without a reset, the writer would wait for room in a socket that nobody reads any more (tcp_fin_timeout).
+        for fd in [flooded, waiting] {
+            kernel.push(Op::Close { fd, reset: true });
+        }
         writer.join().unwrap();
     });
 }
@@ -723,7 +725,7 @@ impl Kernel {
     fn until(&mut self, what: &str, mut done: impl FnMut(&mut Kernel) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !done(self) {
-            assert!(Instant::now() < deadline, "{}: no {what}; reported: {}", self.name, summary(&self.events));
+            assert!(Instant::now() < deadline, "{}: no {what}; reported: {}; receiving: {:?}", self.name, summary(&self.events), self.receiving);
             self.turn(Duration::from_millis(50));
         }
     }

@@ -118,6 +118,8 @@ refusals! {
         "The request line is longer than this server accepts (RFC 9112 section 3)."
     TargetBad 400 "target-bad"
         "The request target has a byte that must be percent-encoded (RFC 3986 section 2)."
+    TargetDoubleSlash 400 "target-double-slash"
+        "The request target begins with two slashes, as only an authority would (RFC 3986 section 3.3)."
     TargetForm 400 "target-form"
         "The request target does not have a form that its method may have (RFC 9112 section 3.2)."
     TargetFragment 400 "target-fragment"

@@ -156,7 +156,7 @@ fn parse_into<'a>(
 
     let base = input.as_ptr() as usize;
     check_method(method.as_bytes())?;
-    let parts = Target::parse(method.as_bytes(), target.as_bytes())?;
+    let parts = Target::parse(method.as_bytes(), target.as_bytes(), permit)?;
     head.version = version;
     head.method = Span::within(base, method.as_bytes());
     head.is_head = method == "HEAD";

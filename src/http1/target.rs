@@ -13,6 +13,7 @@
 use std::{net::Ipv6Addr, str};
 
 use super::{error::Refusal, request::Span};
+use crate::config::Permit;
 
 /// A target, taken apart. Offsets are relative to the target.
 #[derive(Debug, PartialEq, Eq)]
@@ -25,8 +26,13 @@ pub(super) struct Target {
 }
 
 impl Target {
+    /// A path that begins with `//` is refused, unless permitted: `path-absolute` "begins with "/" but not "//""
+    /// (RFC 3986 section 3.3), although `absolute-path` of RFC 9110 section 4.1 lets it. An application that redirects
+    /// to the path it was asked for, with a slash added or a name changed, would send the client to the host named
+    /// there: `Location: //evil.example/` is a network-path reference. An absolute-form's path is under the same rule,
+    /// since handlers see it the same way.
     #[inline(always)]
-    pub(super) fn parse(method: &[u8], target: &[u8]) -> Result<Target, Refusal> {
+    pub(super) fn parse(method: &[u8], target: &[u8], permit: Permit) -> Result<Target, Refusal> {
         if !target.is_ascii() {
             return Err(Refusal::TargetBad);
         }
@@ -36,9 +42,10 @@ impl Target {
         match (method, target) {
             (b"CONNECT", _) if is_authority_form(target) => Err(Refusal::ConnectUnsupported),
             (b"CONNECT", _) => Err(Refusal::TargetForm),
+            (_, [b'/', b'/', ..]) if !permit.double_slash => Err(Refusal::TargetDoubleSlash),
             (_, [b'/', ..]) => Ok(Target::from_path(target, 0, None)),
             (b"OPTIONS", b"*") => Ok(Target::from_path(target, 0, None)),
-            _ => Target::absolute(target),
+            _ => Target::absolute(target, permit),
         }
     }
 
@@ -55,7 +62,7 @@ impl Target {
 
     /// "a server MUST accept the absolute-form in requests even though most HTTP/1.1 clients will only send the
     /// absolute-form to a proxy" (RFC 9112 section 3.2.2).
-    fn absolute(target: &[u8]) -> Result<Target, Refusal> {
+    fn absolute(target: &[u8], permit: Permit) -> Result<Target, Refusal> {
         let Some(colon) = memchr::memmem::find(target, b"://") else {
             return Err(Refusal::TargetForm);
         };
@@ -76,6 +83,9 @@ impl Target {
         }
         if !is_host(authority) {
             return Err(Refusal::HostBad);
+        }
+        if target[end..].starts_with(b"//") && !permit.double_slash {
+            return Err(Refusal::TargetDoubleSlash);
         }
         let mut parsed = Target::from_path(target, end, Some(Span::new(start, end)));
         if parsed.path.is_empty() {

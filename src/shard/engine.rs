@@ -89,6 +89,8 @@ pub struct Engine {
     clients: HashMap<IpAddr, usize>,
     /// Request body bytes in memory, of all connections.
     body_memory: usize,
+    /// Response bytes in memory, of all connections.
+    response_memory: usize,
     /// What files of bodies may take up, and when to try again after one failed.
     quota: Arc<Quota>,
     spool_again: Option<Micros>,
@@ -165,6 +167,7 @@ impl Engine {
             slots: Slab::new(),
             clients: HashMap::new(),
             body_memory: 0,
+            response_memory: 0,
             quota,
             spool_again: None,
             generation: 0,
@@ -458,7 +461,9 @@ impl Engine {
 
     /// Too much waits to be sent or written down: the connection's next bytes must wait too.
     fn is_clogged(&self, key: usize) -> bool {
-        self.slots[key].is_clogged(&self.limits) || self.is_body_ahead(key)
+        let slot = &self.slots[key];
+        let short = self.response_memory > self.limits.response_memory_total_bytes_max && !slot.is_flushed();
+        short || slot.is_clogged(&self.limits) || self.is_body_ahead(key)
     }
 
     /// The peer has sent all that it will, and all of it was looked at.
@@ -666,6 +671,9 @@ impl Engine {
         slot.last = !slot.keep_alive;
         match response.body {
             Body::Stream(_) | Body::File { .. } => self.send_later(key, response.body, framing),
+            Body::Owned(bytes) if framing != BodyFraming::None && self.response_memory > self.limits.response_memory_total_bytes_max => {
+                self.send_through_file(key, bytes, framing);
+            }
             body if framing != BodyFraming::None => slot.put_body(body),
             _ => {}
         }
@@ -717,7 +725,9 @@ impl Engine {
         if let Some(mut chunk) = chunk {
             chunk.end = chunk.end.min(SEND_BYTES_MAX);
             slot.send_in_flight = true;
+            slot.in_flight_bytes = chunk.payload_len();
             self.ops.push(Op::Send { token, fd: slot.fd, chunk });
+            self.account(key);
             self.schedule(key, now);
         }
     }
@@ -753,7 +763,9 @@ impl Engine {
             slot.http.flushed(keep_alive);
             slot.since = now;
         }
+        slot.in_flight_bytes = 0;
         self.give_chunk(chunk);
+        self.account(key);
         self.pump(key, now);
         let slot = &mut self.slots[key];
         if !slot.is_flushed() && !slot.dirty {
@@ -803,13 +815,24 @@ impl Engine {
         if let Some(outgoing) = slot.outgoing.take() {
             outgoing.abandon();
         }
+        slot.in_flight_bytes = 0;
         self.uncharge(key);
+        self.account(key);
         self.give_buffer(input);
         self.give_buffer(output);
         if let Some(exchange) = arriving {
             self.recycle(exchange);
         }
         self.free(key);
+    }
+
+    /// Keeps the sum of response memory true.
+    #[inline]
+    fn account(&mut self, key: usize) {
+        let slot = &mut self.slots[key];
+        let owed = slot.response_bytes();
+        self.response_memory = self.response_memory + owed - slot.owed;
+        slot.owed = owed;
     }
 
     /// The connection's request body no longer counts.

@@ -57,6 +57,9 @@ pub struct Slot {
     pub gathered: bool,
     /// Bytes of it that count against the core's memory for bodies.
     pub charged: usize,
+    /// Bytes of the send in flight, and all answer bytes that count against the core's memory for responses.
+    pub in_flight_bytes: usize,
+    pub owed: usize,
     /// The request that a handler has.
     pub ticket: Option<Arc<Ticket>>,
     /// Counts the requests, complete or refused.
@@ -115,6 +118,8 @@ impl Slot {
             arriving: None,
             spooling: false,
             gathered: false,
+            in_flight_bytes: 0,
+            owed: 0,
             charged: 0,
             ticket: None,
             serial: 0,
@@ -165,6 +170,11 @@ impl Slot {
         } else {
             self.body = Some(Chunk { start: 0, end: bytes.len(), payload });
         }
+    }
+
+    /// Answer bytes that it has in memory.
+    pub fn response_bytes(&self) -> usize {
+        self.output.len() + self.body.as_ref().map_or(0, Chunk::payload_len) + self.in_flight_bytes
     }
 
     /// Every answer is made and with the kernel.

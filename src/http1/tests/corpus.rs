@@ -24,14 +24,13 @@ pub(super) struct Case {
 const CORPUS: &str = include_str!("../../../tests/corpus/http1-cases.jsonl");
 
 /// Rows whose preferred answer is not this layer's to give, or is another of the allowed ones; with the reason.
-const EXCEPTIONS: [(&str, u64, &str); 3] = [
+const EXCEPTIONS: [(&str, u64, &str); 2] = [
     (
         "CK-02z3",
         413,
         "a chunk of 4 GiB + 5 is no overflow in 64 bits: it is too large, like any other above the limit",
     ),
     ("KA-16", 200, "426 is the answer of a handler that speaks WebSocket"),
-    ("RL-34", 200, "404 is the answer of a handler; the target is a good one"),
 ];
 
 /// Rows whose connection ends for a reason above this layer.

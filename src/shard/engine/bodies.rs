@@ -27,6 +27,8 @@ use crate::{
 const READ_BYTES: u64 = 256 << 10;
 /// While the disk is busy, a request body may gather this many times the memory limit before reading pauses.
 const BODY_AHEAD: usize = 4;
+/// When response memory is scarce, a connection's output takes no more once it holds this much.
+const SCARCE_BYTES: usize = 16 << 10;
 /// After a write failed (a full disk), large bodies are refused at once for this long.
 const SPOOL_PAUSE: Micros = 5_000_000;
 
@@ -232,6 +234,18 @@ impl Engine {
         self.slots[key].outgoing = Some(Box::new(outgoing));
     }
 
+    /// A whole body for which there is no room in memory.
+    pub(super) fn send_through_file(&mut self, key: usize, bytes: Vec<u8>, framing: Framing) {
+        let spool = Spool { file: None, read: 0, written: 0, reserved: Reserved::new(self.quota.clone()) };
+        let held = VecDeque::from([bytes]);
+        let outgoing = Outgoing { framing, credit: None, held, spool: Some(spool), busy: false, end: Some(true) };
+        self.slots[key].outgoing = Some(Box::new(outgoing));
+        if !self.spool_response(key) {
+            self.stats.spool_full.add(1);
+            self.cut_off(key, "there is room for it neither in memory nor in the spool; try: a larger --limit-spool");
+        }
+    }
+
     /// A handler has made another piece of the body that is being sent.
     pub fn piece(&mut self, token: Token, serial: u64, piece: Vec<u8>, now: Micros) {
         if let Some(key) = self.streaming(token, serial) {
@@ -334,7 +348,11 @@ impl Engine {
         loop {
             let slot = &mut self.slots[key];
             let Some(outgoing) = slot.outgoing.as_mut().filter(|outgoing| !outgoing.busy) else { return };
-            let room = slot.output.len() < self.limits.response_buffer_bytes_max / 2;
+            let mark = match self.response_memory > self.limits.response_memory_total_bytes_max {
+                true => SCARCE_BYTES,
+                false => self.limits.response_buffer_bytes_max / 2,
+            };
+            let room = slot.output.len() < mark;
             let (token, serial) = (slot.token, slot.serial);
             match &mut outgoing.spool {
                 Some(spool) if spool.read < spool.written => {
