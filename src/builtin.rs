@@ -1,12 +1,17 @@
-//! The targets that come with the server: `builtin:welcome`, `hello`, `hello-pool`, `echo`, `sleep`.
+//! The targets that come with the server: `builtin:welcome`, `hello`, `hello-pool`, `echo`, `sleep`, `stream`.
 
-use std::{borrow::Cow, io::Read, thread, time::Duration};
+use std::{
+    borrow::Cow,
+    io::{Read, Write},
+    thread,
+    time::Duration,
+};
 
 use serde_json::json;
 
 use crate::{
     driver::Peer,
-    handler::{Handler, Request, Response, Runs},
+    handler::{Body, Handler, Request, Response, Runs},
 };
 
 /// The longest that `builtin:sleep` sleeps.
@@ -28,15 +33,18 @@ pub enum Builtin {
     Echo,
     /// Sleeps `?ms=N`, then says so.
     Sleep,
+    /// Streams `?bytes=N` from a handler thread.
+    Stream,
 }
 
 impl Builtin {
-    pub const NAMES: [(&'static str, Builtin); 5] = [
+    pub const NAMES: [(&'static str, Builtin); 6] = [
         ("builtin:welcome", Builtin::Welcome),
         ("builtin:hello", Builtin::Hello),
         ("builtin:hello-pool", Builtin::HelloPool),
         ("builtin:echo", Builtin::Echo),
         ("builtin:sleep", Builtin::Sleep),
+        ("builtin:stream", Builtin::Stream),
     ];
 
     pub fn named(name: &str) -> Option<Builtin> {
@@ -55,13 +63,14 @@ impl Handler for Builtin {
             Builtin::Hello | Builtin::HelloPool => Response::new(200).content_type("text/plain").body("Hello, World!"),
             Builtin::Echo => echo(request),
             Builtin::Sleep => sleep(request),
+            Builtin::Stream => stream(request),
         }
     }
 
     fn runs(&self, _request: &Request<'_>) -> Runs {
         match self {
             Builtin::Welcome | Builtin::Hello => Runs::Inline,
-            Builtin::HelloPool | Builtin::Echo | Builtin::Sleep => Runs::OnPool,
+            Builtin::HelloPool | Builtin::Echo | Builtin::Sleep | Builtin::Stream => Runs::OnPool,
         }
     }
 }
@@ -98,6 +107,22 @@ fn sleep(request: &Request<'_>) -> Response {
         }
         _ => Response::text("ms should be a number of milliseconds, an hour at most: /?ms=250\n").status(400),
     }
+}
+
+fn stream(request: &Request<'_>) -> Response {
+    let asked = request.query().split('&').find_map(|pair| pair.strip_prefix("bytes="));
+    let Ok(mut left) = asked.unwrap_or("14").parse::<u64>() else {
+        return Response::text("bytes should be a number: /?bytes=1000000\n").status(400);
+    };
+    Response::new(200).content_type("text/plain").body(Body::stream_sized(left, move |out| {
+        const LINE: &[u8] = b"Hello, World!\n";
+        while left > 0 {
+            let length = LINE.len().min(usize::try_from(left).unwrap_or(LINE.len()));
+            out.write_all(&LINE[..length])?;
+            left -= length as u64;
+        }
+        Ok(())
+    }))
 }
 
 /// Each byte as the character of the same number, as HTTP/1.1 fields are read in CGI and WSGI.

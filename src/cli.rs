@@ -24,6 +24,7 @@ Targets:
   builtin:hello-pool   the same, answered by a handler thread
   builtin:echo         JSON of the request as it was understood
   builtin:sleep        sleeps ?ms=N on a handler thread, then answers
+  builtin:stream       streams ?bytes=N from a handler thread
 
 Examples:
   uringd                                      the welcome page on http://127.0.0.1:8000

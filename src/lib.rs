@@ -1,5 +1,75 @@
-//! uringd
+//! A Linux-native HTTP server: one io_uring ring per core receives and sends, and only complete requests
+//! reach the handlers. So no client, however slow or hostile, can hold the thing that does the work.
+//!
+//! This page is the map. To serve, see [`Server`]; for the program's options, `uringd --help`.
+//!
+//! # Bird's eye
+//!
+//! ```text
+//!                         one shard per core, nothing shared on a request's way
+//!              +--------------------------------------------------------------------------+
+//!   client ----> driver ----Completion---> engine ----complete request----> pool: queue    |
+//!   client <---- uring                     slots, deadlines       |          handler threads|
+//!              | or epoll <------Op------- http1: bytes, events   v              |          |
+//!              |                              ^      Runs::Inline: at once       |          |
+//!              |                              +------- response, doorbell --------+         |
+//!              +-------------------------------------^--------------------------------------+
+//!                                                    |
+//!                                           disk threads: bodies too large for memory
+//! ```
+//!
+//! Two seams are plain data. Above, [`http1`] speaks bytes and events; below, [`driver`] takes `Op`s and
+//! gives `Completion`s. Nothing between them makes a system call or reads a clock, so any order of events can be
+//! replayed from a seed (`shard/sim.rs`).
+//!
+//! # One request, file by file
+//!
+//! 1. `server/mod.rs` opens a listening socket per core and starts the threads; each runs
+//! 2. `shard/mod.rs`, the loop: answers in, requests out, operations to the driver, wait, completions in.
+//! 3. `driver/uring.rs` turns completion queue entries into `Accepted`, `Received`, `Sent`.
+//! 4. `shard/engine.rs` finds the slot, hands the bytes to
+//! 5. `http1/connection.rs`, which parses the head in place (`request.rs`), decodes the body (`body.rs`) and moves
+//!    the phase (`state.rs`). What breaks a rule becomes a `Refusal` (`error.rs`), answered like any request.
+//! 6. A complete request is an `Exchange` (`exchange.rs`) and waits in its core's queue (`pool.rs`); or its handler
+//!    runs inline.
+//! 7. The handler (`handler.rs`) makes a `Response`; a streamed body follows in pieces (`stream.rs`).
+//! 8. `http1/response.rs` writes the head, the engine makes one send per connection and turn.
+//! 9. Sent, the slot is back in `Head`; or the connection ends, politely (`slot.rs` draws it).
+//!
+//! Bodies larger than memory should hold go through unlinked files on threads of their own (`disk.rs`,
+//! `shard/engine/bodies.rs`).
+//!
+//! # Reading order
+//!
+//! `tests/it/keep_alive.rs` for what it does, `http1/state.rs`, `shard/engine.rs`, `driver/mod.rs`, `driver/uring.rs`; beside it
+//! `kernel-notes/`, one page for each feature of the kernel that is relied on.
+//!
+//! # Invariants
+//!
+//! - A request reaches a handler only when it is complete and well-formed.
+//! - Memory the kernel may touch belongs to the driver until its last completion; a slot is used again only when
+//!   nothing of it is in flight; completions carry slot and generation. shutdown(2) before close.
+//! - No lock, allocation, clock call or formatting per request on the ring thread (`tests/counting.rs`).
+//! - Every queue, buffer and wait has a bound, and every bound an outcome that the client can see.
+//! - `unsafe` only in `driver/`, and where a descriptor is adopted. `http1` does no I/O and knows no clock.
+//! - Errors are answers: a refusal goes out the way every answer does.
+//!
+//! # Panics
+//!
+//! The program unwinds. A handler's panic is caught where it is called, and is a 500 for that request alone. A panic on
+//! a ring thread is a bug of ours and ends the process at once: the kernel may be writing into buffers that
+//! unwinding would free.
+//!
+//! # Decisions that measurements changed
+//!
+//! - *Sends do not ask for MSG_WAITALL.* A short send is progress that the send limit can see, and the
+//!   engine has to go on after a short send anyway; with it, a slow reader looks stuck for a whole piece.
+//! - *The queue of a core is a lock-free channel, not a list of the engine's.* Handing 64 requests over costs one wake-up;
+//!   a request that waits is taken back by a compare-and-swap on its ticket (`exchange.rs`), so what was refused never runs.
+//! - *Disk work is done by threads, not on the ring*, so that both drivers and the simulation share one way.
+
 #![deny(unsafe_code)]
+
 pub mod builtin;
 pub mod cli;
 pub mod config;
