@@ -3,6 +3,7 @@
 use std::{
     borrow::Cow,
     io::{Read, Write},
+    sync::{Arc, LazyLock},
     thread,
     time::Duration,
 };
@@ -19,6 +20,9 @@ const SLEEP_MAX: Duration = Duration::from_secs(3600);
 
 /// The largest body that `builtin:echo` repeats: its answer is made in memory.
 const ECHO_BYTES_MAX: u64 = 64 << 20;
+
+/// `builtin:stream` has one answer of this size that every client shares: `/?bytes=8388608&shared`.
+const SHARED_BYTES_MAX: usize = 8 << 20;
 
 /// A built-in target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,16 +114,23 @@ fn sleep(request: &Request<'_>) -> Response {
 }
 
 fn stream(request: &Request<'_>) -> Response {
+    const LINE: &[u8] = b"Hello, World!\n";
+    static LINES: LazyLock<Arc<[u8]>> = LazyLock::new(|| LINE.repeat(SHARED_BYTES_MAX / LINE.len() + 1)[..SHARED_BYTES_MAX].into());
     let asked = request.query().split('&').find_map(|pair| pair.strip_prefix("bytes="));
-    let Ok(mut left) = asked.unwrap_or("14").parse::<u64>() else {
+    let Ok(length) = asked.unwrap_or("14").parse::<u64>() else {
         return Response::text("bytes should be a number: /?bytes=1000000\n").status(400);
     };
-    Response::new(200).content_type("text/plain").body(Body::stream_sized(left, move |out| {
-        const LINE: &[u8] = b"Hello, World!\n";
+    let response = Response::new(200).content_type("text/plain");
+    if request.query().ends_with("&shared") && length == SHARED_BYTES_MAX as u64 {
+        return response.body(LINES.clone());
+    }
+    response.body(Body::stream_sized(length, move |out| {
+        let lines = LINE.repeat(1000);
+        let mut left = length;
         while left > 0 {
-            let length = LINE.len().min(usize::try_from(left).unwrap_or(LINE.len()));
-            out.write_all(&LINE[..length])?;
-            left -= length as u64;
+            let piece = lines.len().min(usize::try_from(left).unwrap_or(lines.len()));
+            out.write_all(&lines[..piece])?;
+            left -= piece as u64;
         }
         Ok(())
     }))

@@ -103,6 +103,9 @@ pub struct Options {
     /// A connection may idle this long between requests [default: 15]
     #[arg(long, alias = "keepalive", value_name = "SECS", env = "URINGD_KEEP_ALIVE", help_heading = "Time limits")]
     pub keep_alive: Option<Seconds>,
+    /// A connection's answer after this long is its last; 0: any time [default: 0]
+    #[arg(long, value_name = "SECS", env = "URINGD_CONNECTION_LIFE", help_heading = "Time limits")]
+    pub connection_life: Option<Seconds>,
     /// A stop waits this long for requests in progress [default: 30]
     #[arg(long, value_name = "SECS", env = "URINGD_GRACEFUL_TIMEOUT", help_heading = "Time limits")]
     pub graceful_timeout: Option<Seconds>,
@@ -244,7 +247,7 @@ impl Options {
             timeout queue_timeout head_timeout body_timeout body_rate send_timeout keep_alive graceful_timeout
             queue limit_connections limit_request_line limit_request_fields limit_request_field_size limit_head
             limit_body keep_alive_requests send_rate body_memory limit_body_memory limit_response_memory
-            limit_response_spool limit_spool spool_dir limit_per_ip;
+            connection_life limit_response_spool limit_spool spool_dir limit_per_ip;
             bind permit;
             config check
         }
@@ -309,6 +312,7 @@ impl Options {
         set(&mut timeouts.send, seconds(self.send_timeout));
         set(&mut timeouts.send_rate_min, self.send_rate);
         set(&mut timeouts.keep_alive, seconds(self.keep_alive));
+        timeouts.life = seconds(self.connection_life).filter(|life| !life.is_zero());
         set(&mut timeouts.drain, seconds(self.graceful_timeout));
         config.checked().map_err(Usage)
     }

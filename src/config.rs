@@ -170,6 +170,8 @@ pub struct Timeouts {
     pub send_rate_grace: Duration,
     /// Longest pause between two requests of a connection; then it is closed.
     pub keep_alive: Duration,
+    /// Longest life of a connection, if limited: its next answer is its last. For balancers that should spread anew.
+    pub life: Option<Duration>,
     /// Longest time that a stop waits for requests in progress.
     pub drain: Duration,
     /// After a refusal: how long the peer's remaining bytes are read and dropped, so that it can read
@@ -190,6 +192,7 @@ impl Default for Timeouts {
             send_rate_min: 500,
             send_rate_grace: Duration::from_secs(10),
             keep_alive: Duration::from_secs(15),
+            life: None,
             drain: Duration::from_secs(30),
             linger: Duration::from_secs(2),
         }
@@ -298,6 +301,7 @@ impl fmt::Display for Config {
             ("body-timeout", timeouts.body_idle),
             ("send-timeout", timeouts.send),
             ("keep-alive", timeouts.keep_alive),
+            ("connection-life", timeouts.life.unwrap_or_default()),
             ("graceful-timeout", timeouts.drain),
         ] {
             writeln!(f, "{key} = {}", time.as_secs_f64())?;

@@ -78,7 +78,8 @@ fn pattern(line: u64) -> [u8; 1000] {
 }
 
 fn expected(length: usize) -> Vec<u8> {
-    let mut bytes: Vec<u8> = (0..length.div_ceil(1000) as u64).flat_map(pattern).collect();
+    let mut bytes = Vec::with_capacity(length + 1000);
+    (0..length.div_ceil(1000) as u64).for_each(|line| bytes.extend_from_slice(&pattern(line)));
     bytes.truncate(length);
     bytes
 }
@@ -403,6 +404,21 @@ fn one_address_has_as_many_connections_as_it_may_and_others_are_reset() {
         drop(held);
         until("both are gone", || running.stats()[0].open.read() == 0);
         assert!(get(address, "/").1 == b"ok");
+    });
+}
+
+#[test]
+fn the_answer_after_a_connections_life_is_its_last() {
+    let _alone = alone();
+    let short = |config: &mut Config| config.timeouts.life = Some(Duration::from_millis(1));
+    each_backend(short, |address, _| {
+        let mut stream = connect(address);
+        let mut answer = String::new();
+        // Longer than its life; no longer wait can make this fail.
+        std::thread::sleep(Duration::from_millis(5));
+        write!(stream, "GET / HTTP/1.1\r\nHost: a\r\n\r\n").expect("sent");
+        stream.read_to_string(&mut answer).expect("an answer and its end");
+        assert!(answer.contains("Connection: close\r\n"), "{answer}");
     });
 }
 

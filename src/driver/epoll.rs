@@ -127,8 +127,6 @@ struct Slot {
     recv_stop: bool,
     /// The `Op::Send` in flight.
     sending: Option<Chunk>,
-    /// How much of it the kernel has taken.
-    sent: usize,
 }
 
 impl Slot {
@@ -144,7 +142,6 @@ impl Slot {
         receiving: false,
         recv_stop: false,
         sending: None,
-        sent: 0,
     };
 
     /// There is something that can be done now.
@@ -179,7 +176,6 @@ impl Driver for EpollDriver {
                 let slot = self.adopt(token, fd);
                 assert!(slot.sending.is_none(), "two sends in flight on one connection");
                 slot.sending = Some(chunk);
-                slot.sent = 0;
                 self.queue(token.slot);
             }
             // What is in flight learns of it through EPOLLHUP: the kernel wakes whoever polls the socket
@@ -392,32 +388,25 @@ impl EpollDriver {
     }
 }
 
-/// Sends as much of the chunk as the socket takes. True when the send is over.
+/// Gives the socket as much of the chunk as it takes at once, as a send on the ring does: a short count is progress that
+/// the engine sees, and it sends the rest. True when the send is over.
 fn turn_send(epoll: &OwnedFd, slot: &mut Slot, token: Token, each: &mut dyn FnMut(Completion<'_>)) -> bool {
     let Some(chunk) = &slot.sending else { return false };
-    let bytes = chunk.bytes();
-    let mut failed = slot.error;
-    while failed == 0 && slot.writable && slot.sent < bytes.len() {
-        let rest = &bytes[slot.sent..];
-        // SAFETY: `rest` is part of the chunk, which this slot owns until `Sent`; `fd` is open until `Op::Close`, which forgets it.
-        let count = unsafe { libc::send(slot.fd, rest.as_ptr().cast(), rest.len(), libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
-        if count >= 0 {
-            slot.sent += count as usize;
-            continue;
-        }
-        match errno() {
-            libc::EINTR => {}
-            libc::EAGAIN => {
-                slot.writable = false;
-                failed = want_writable(epoll, slot.fd, &mut slot.interest, token);
+    let result = match slot.error {
+        0 if !slot.writable => return false,
+        0 => send(slot.fd, chunk.bytes()),
+        error => Err(error),
+    };
+    let result = match result {
+        Err(libc::EAGAIN) => {
+            slot.writable = false;
+            match want_writable(epoll, slot.fd, &mut slot.interest, token) {
+                0 => return false,
+                error => Err(error),
             }
-            error => failed = error,
         }
-    }
-    if failed == 0 && slot.sent < bytes.len() {
-        return false;
-    }
-    let result = if failed == 0 || slot.sent > 0 { Ok(slot.sent) } else { Err(failed) };
+        result => result,
+    };
     if let Some(chunk) = slot.sending.take() {
         each(Completion::Sent { token, chunk, result });
     }
@@ -474,6 +463,21 @@ fn recv(fd: RawFd, buffer: &mut [u8]) -> Result<usize, i32> {
     loop {
         // SAFETY: `buffer` is writable for its length during the call, and bytes of any value are valid in it.
         let count = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT) };
+        if count >= 0 {
+            return Ok(count as usize);
+        }
+        match errno() {
+            libc::EINTR => {}
+            error => return Err(error),
+        }
+    }
+}
+
+/// send(2) that neither blocks nor gives up on a signal; the error is the errno.
+fn send(fd: RawFd, bytes: &[u8]) -> Result<usize, i32> {
+    loop {
+        // SAFETY: `bytes` can be read for its length during the call; the kernel copies what it takes.
+        let count = unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
         if count >= 0 {
             return Ok(count as usize);
         }

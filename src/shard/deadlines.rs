@@ -110,9 +110,9 @@ mod tests {
         for (slot, due) in [(0, 7 * SECOND), (1, 6 * SECOND), (2, 9 * SECOND)] {
             deadlines.schedule(token(slot), due, &mut entries[slot as usize]);
         }
-        assert_eq!(expired(&mut deadlines, 5_900_000), []);
+        assert!(expired(&mut deadlines, 5_900_000).is_empty());
         assert_eq!(expired(&mut deadlines, 7_050_000), [1, 0]);
-        assert_eq!(expired(&mut deadlines, 7_060_000), []);
+        assert!(expired(&mut deadlines, 7_060_000).is_empty());
         assert_eq!(expired(&mut deadlines, 20 * SECOND), [2]);
         assert_eq!(deadlines.next(), None);
     }

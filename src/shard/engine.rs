@@ -124,6 +124,7 @@ struct Periods {
     send_rate_min: u64,
     keep_alive: Micros,
     linger: Micros,
+    life: Micros,
 }
 
 impl Engine {
@@ -159,6 +160,7 @@ impl Engine {
                 send_rate_min: timeouts.send_rate_min,
                 keep_alive: micros(timeouts.keep_alive),
                 linger: micros(timeouts.linger),
+                life: timeouts.life.map_or(u64::MAX / 4, micros),
             },
             stats,
             life: Life::Serving,
@@ -543,7 +545,7 @@ impl Engine {
         slot.begun = false;
         slot.serial += 1;
         let requests_left = self.limits.keep_alive_requests_max == 0 || slot.serial < self.limits.keep_alive_requests_max;
-        let keep_alive = self.head.keep_alive && requests_left;
+        let keep_alive = self.head.keep_alive && requests_left && now - slot.born < self.periods.life;
         slot.context = Context { version: self.head.version, is_head: self.head.is_head, keep_alive };
         if let Some(exchange) = &mut exchange {
             exchange.head_bytes.extend_from_slice(head_bytes);

@@ -86,6 +86,8 @@ pub struct Slot {
     /// Close with a RST: the peer does not read, so nothing polite would reach it.
     pub reset: bool,
 
+    /// When it was accepted.
+    pub born: Micros,
     /// When the present phase began: the connection or request head, the body, the wait for a handler, the idling.
     pub since: Micros,
     /// When the peer ended its side while a handler had its request.
@@ -134,6 +136,7 @@ impl Slot {
             keep_alive: false,
             begun: false,
             reset: false,
+            born: now,
             since: now,
             since_eof: now,
             progress: now,
