@@ -186,20 +186,23 @@ impl Driver for EpollDriver {
     }
 
     fn wait(&mut self, timeout: Option<Duration>, each: &mut dyn FnMut(Completion<'_>)) -> io::Result<()> {
+        let mut rung = false;
         loop {
             let idle = self.ready.is_empty() && !self.listener_ends;
             if idle {
-                self.poll(timeout_ms(timeout))?;
+                rung |= self.poll(timeout_ms(timeout))?;
             } else if self.poll_due {
-                self.poll(0)?;
+                rung |= self.poll(0)?;
             } else {
-                // The bell stays armed: if this turn brings nothing, the next one sleeps, and must hear a ring.
                 self.poll_due = true;
             }
             let mut reported = self.turn_connections(each);
             reported |= self.turn_listeners(each);
-            // After a wait in the kernel the caller gets its turn in any case: for the doorbell, its timers, a signal.
-            if reported || idle {
+            // After a wait in the kernel the caller gets its turn in any case: for its timers, a signal. And whoever rang
+            // must be heard now: the bell is drained, it will not ring again.
+            if reported || idle || rung {
+                // Not before: while this may still sleep, a ring has to be written.
+                self.waker.awake();
                 return Ok(());
             }
         }
@@ -215,15 +218,15 @@ impl Driver for EpollDriver {
 }
 
 impl EpollDriver {
-    /// Asks the kernel what has become ready, and remembers it.
-    fn poll(&mut self, timeout_ms: i32) -> io::Result<()> {
+    /// Asks the kernel what has become ready, and remembers it. True when the doorbell rang.
+    fn poll(&mut self, timeout_ms: i32) -> io::Result<bool> {
         self.poll_due = false;
         self.figures.enters += 1;
         // SAFETY: `events` holds EVENTS_PER_WAIT entries, belongs to this driver and is not moved during the call.
         let count = unsafe {
             libc::epoll_wait(self.epoll.as_raw_fd(), self.events.as_mut_ptr(), EVENTS_PER_WAIT as i32, timeout_ms)
         };
-        self.waker.awake();
+        let mut rung = false;
         let count = match check(count) {
             Ok(count) => count as usize,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -233,12 +236,15 @@ impl EpollDriver {
         for index in 0..count {
             let libc::epoll_event { events, u64: data } = self.events[index];
             match data & KIND_MASK {
-                WAKER => self.waker.drain(),
+                WAKER => {
+                    self.waker.drain();
+                    rung = true;
+                }
                 LISTENER => self.listeners[(data & !KIND_MASK) as usize].readable = true,
                 _ => self.poll_connection(data, events),
             }
         }
-        Ok(())
+        Ok(rung)
     }
 
     fn poll_connection(&mut self, data: u64, events: u32) {
