@@ -7,7 +7,11 @@
 //!
 //! kernel-notes/setup-flags.md and kernel-notes/disabled-and-seccomp.md have the facts.
 
-use std::{fmt, fs, io};
+use std::{
+    fmt, fs, io,
+    os::fd::{FromRawFd, OwnedFd},
+    thread,
+};
 
 use io_uring::{IoUring, Probe, opcode, types};
 
@@ -53,11 +57,17 @@ const ROWS: [Row; 9] = [
 ];
 
 impl Capabilities {
-    /// Asks the kernel.
+    /// Asks the kernel, on a thread of its own: when a ring is closed, the kernel interrupts whoever made it some
+    /// time later (io_ring_exit_work, TWA_SIGNAL), and a recv(2) with a timeout then fails with EINTR though no
+    /// signal came. The caller's thread is not ours to interrupt.
     ///
     /// # Errors
     /// [`Unavailable`] says why there is no io_uring to use, and what to do about it.
     pub fn probe() -> Result<Capabilities, Unavailable> {
+        apart(Capabilities::probe_here)
+    }
+
+    fn probe_here() -> Result<Capabilities, Unavailable> {
         let ring = IoUring::new(8).map_err(|error| Unavailable::setup(&error))?;
         let features = ring.params();
         if !(features.is_feature_fast_poll() && features.is_feature_nodrop() && features.is_feature_ext_arg()) {
@@ -136,6 +146,30 @@ impl fmt::Display for Capabilities {
     }
 }
 
+/// The bits of `io_uring_params.features` as the kernel gives them, for people to look up in io_uring_setup(2).
+/// `None` when there is no io_uring to ask.
+pub fn feature_bits() -> Option<u32> {
+    apart(feature_bits_here)
+}
+
+fn feature_bits_here() -> Option<u32> {
+    /// struct io_uring_params: 30 words, of which the sixth is `features`.
+    const WORDS: usize = 30;
+    const FEATURES: usize = 5;
+    let mut params = [0u32; WORDS];
+    // SAFETY: the kernel reads and writes sizeof(struct io_uring_params), which is `params`; zero asks for a plain ring.
+    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
+    let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+    // SAFETY: just opened, and nobody else owns it.
+    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    Some(params[FEATURES])
+}
+
+/// Runs `ask` on a thread that ends with it.
+fn apart<T: Send>(ask: fn() -> T) -> T {
+    thread::scope(|scope| scope.spawn(ask).join()).expect("nothing that asks the kernel panics")
+}
+
 /// Registers a ring of two buffers and takes it back.
 fn registers_buffer_ring(ring: &IoUring) -> bool {
     #[repr(C, align(4096))]
@@ -144,10 +178,7 @@ fn registers_buffer_ring(ring: &IoUring) -> bool {
     let address = page.0.as_ptr() as u64;
     debug_assert!(2 * size_of::<types::BufRingEntry>() <= page.0.len());
     // SAFETY: the page is aligned as the kernel wants it and outlives the registration, which ends below.
-    unsafe {
-        ring.submitter().register_buf_ring_with_flags(address, 2, 0, 0).is_ok()
-            && ring.submitter().unregister_buf_ring(0).is_ok()
-    }
+    unsafe { ring.submitter().register_buf_ring_with_flags(address, 2, 0, 0).is_ok() && ring.submitter().unregister_buf_ring(0).is_ok() }
 }
 
 /// Why io_uring cannot be used here. Its text is one sentence and what to try.
@@ -196,9 +227,9 @@ impl fmt::Display for Unavailable {
                 "io_uring is disabled for ordinary users (kernel.io_uring_disabled=1); try: add this user to the \
                  group in kernel.io_uring_group, or sysctl -w kernel.io_uring_disabled=0",
             ),
-            Unavailable::Disabled { .. } => f.write_str(
-                "io_uring is disabled (kernel.io_uring_disabled=2); try: sysctl -w kernel.io_uring_disabled=0",
-            ),
+            Unavailable::Disabled { .. } => {
+                f.write_str("io_uring is disabled (kernel.io_uring_disabled=2); try: sysctl -w kernel.io_uring_disabled=0")
+            }
             Unavailable::Filtered { errno } => write!(
                 f,
                 "a seccomp filter forbids io_uring ({}), as the default profiles of Docker and Kubernetes do; try: a \
@@ -252,6 +283,17 @@ mod tests {
         let error = ALL.masked("-warp").expect_err("unknown");
         assert!(error.contains("-warp") && error.contains("multishot_recv"), "{error}");
         assert!(ALL.masked("tier=six").is_err());
+    }
+
+    #[test]
+    fn probing_does_not_interrupt_the_thread_that_asked() {
+        let (waiting, _peer) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        waiting.set_read_timeout(Some(std::time::Duration::from_millis(20))).expect("a socket");
+        for _ in 0..5 {
+            let _ = Capabilities::probe();
+            let error = io::Read::read(&mut &waiting, &mut [0]).expect_err("nothing was sent");
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        }
     }
 
     #[test]

@@ -223,9 +223,7 @@ impl EpollDriver {
         self.poll_due = false;
         self.figures.enters += 1;
         // SAFETY: `events` holds EVENTS_PER_WAIT entries, belongs to this driver and is not moved during the call.
-        let count = unsafe {
-            libc::epoll_wait(self.epoll.as_raw_fd(), self.events.as_mut_ptr(), EVENTS_PER_WAIT as i32, timeout_ms)
-        };
+        let count = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), self.events.as_mut_ptr(), EVENTS_PER_WAIT as i32, timeout_ms) };
         let mut rung = false;
         let count = match check(count) {
             Ok(count) => count as usize,

@@ -21,6 +21,9 @@ mod buffers;
 pub mod capabilities;
 #[allow(unsafe_code)]
 pub mod epoll;
+#[cfg(test)]
+#[allow(unsafe_code)]
+mod tests;
 #[allow(unsafe_code)]
 pub mod uring;
 #[allow(unsafe_code)]

@@ -21,8 +21,8 @@ use std::{
 };
 
 use super::{
-    Chunk, Completion, Driver, ListenerIndex, Op, Payload, Peer, RecvEnd, Shutdown, Token, capabilities::Capabilities,
-    epoll::EpollDriver, uring::UringDriver,
+    Chunk, Completion, Driver, ListenerIndex, Op, Payload, Peer, RecvEnd, Shutdown, Token, capabilities::Capabilities, epoll::EpollDriver,
+    uring::UringDriver,
 };
 
 // ---------------------------------------------------------------------------------- receiving
@@ -177,8 +177,9 @@ fn a_peer_that_sends_without_end_does_not_keep_others_waiting() {
             // A turn of io_uring takes what lies in its 1,024 buffers of 4 KiB: at most two of those.
             assert!(between <= 16 << 20, "round {round}: {between} bytes of the other were read first");
         }
-        for fd in [flooded, waiting] {
+        for (token, fd) in [(flooded_token, flooded), (waiting_token, waiting)] {
             kernel.push(Op::Shutdown { fd, how: Shutdown::Both });
+            kernel.push(Op::RecvStop { token, fd });
         }
         kernel.until_recv_end(flooded_token);
         kernel.until_recv_end(waiting_token);
@@ -215,22 +216,20 @@ fn a_send_gives_its_chunk_back_with_the_number_of_bytes() {
 }
 
 #[test]
-fn a_send_larger_than_every_socket_buffer_goes_out_whole() {
+fn a_body_larger_than_every_socket_buffer_goes_out_whole() {
     with_every_driver(&[], |kernel| {
         for (mut peer, fd) in [unix_pair(), tcp_pair()] {
             let token = kernel.connection(fd);
             // Twice: the second one starts on a socket that has been full before.
             for round in 0..2 {
                 let body = pattern((24 << 20) + round);
-                kernel.push(Op::Send { token, fd, chunk: Chunk::owned(body.clone()) });
-                kernel.expect_silence();
                 let length = body.len();
+                let early = kernel.fill(token, fd, Chunk::owned(body.clone()));
                 let reader = thread::spawn(move || {
                     let read = peer.read_exactly(length);
                     (peer, read)
                 });
-                let sent = kernel.until_sent_whole(token, fd);
-                assert_eq!(sent, length);
+                assert_eq!(early + kernel.until_sent_whole(token, fd), length);
                 let (back, read) = reader.join().unwrap();
                 assert!(read == body, "the bytes differ");
                 peer = back;
@@ -241,22 +240,42 @@ fn a_send_larger_than_every_socket_buffer_goes_out_whole() {
 }
 
 #[test]
-fn a_shutdown_ends_a_pending_receive_and_a_pending_send_with_its_partial_count() {
+fn a_shutdown_ends_a_pending_receive_and_a_pending_send() {
     with_every_driver(&[], |kernel| {
         for (mut peer, fd) in [unix_pair(), tcp_pair()] {
             let token = kernel.connection(fd);
             kernel.push(Op::Recv { token, fd });
-            kernel.push(Op::Send { token, fd, chunk: Chunk::owned(pattern(64 << 20)) });
-            kernel.expect_silence();
+            let sent = kernel.fill(token, fd, Chunk::owned(pattern(64 << 20)));
             kernel.push(Op::Shutdown { fd, how: Shutdown::Both });
-            let (chunk, result) = kernel.until_sent(token);
-            assert!(matches!(result, Ok(sent) if sent > 0 && sent < chunk.len()), "{result:?}");
+            assert_eq!(kernel.until_sent(token).1, Err(libc::EPIPE));
             assert_eq!(kernel.until_recv_end(token), RecvEnd::Eof);
             kernel.expect_silence();
             kernel.close(fd);
             let mut rest = Vec::new();
             peer.read_to_end(&mut rest).unwrap();
-            assert!(result == Ok(rest.len()), "{result:?}, but the peer got {}", rest.len());
+            assert_eq!(rest.len(), sent, "what was reported as sent, and what the peer got");
+        }
+    });
+}
+
+/// The shutdown alone is not enough while bytes arrive: the kernel may miss it (kernel-notes/multishot.md).
+#[test]
+fn a_shutdown_and_a_stop_end_a_receive_in_the_middle_of_a_flood() {
+    with_every_driver(&[], |kernel| {
+        for round in 0..20usize {
+            let (mut flood, fd) = tcp_pair();
+            let token = kernel.connection(fd);
+            kernel.push(Op::Recv { token, fd });
+            // Ends when the connection is reset below.
+            let writer = thread::spawn(move || while flood.write_all(&[b'x'; 64 << 10]).is_ok() {});
+            kernel.until("the flood", |kernel| kernel.received_bytes(token) > (1 << 20) + (round << 15));
+            kernel.push(Op::Shutdown { fd, how: Shutdown::Both });
+            kernel.push(Op::RecvStop { token, fd });
+            let end = kernel.until_recv_end(token);
+            assert!(matches!(end, RecvEnd::Eof | RecvEnd::Stopped | RecvEnd::Failed(libc::ECONNRESET)), "{end:?}");
+            kernel.push(Op::Close { fd, reset: true });
+            writer.join().unwrap();
+            kernel.events.clear();
         }
     });
 }
@@ -278,11 +297,10 @@ fn a_reset_of_the_peer_ends_a_pending_send() {
     with_every_driver(&[], |kernel| {
         let (peer, fd) = tcp_pair();
         let token = kernel.connection(fd);
-        kernel.push(Op::Send { token, fd, chunk: Chunk::owned(pattern(64 << 20)) });
-        kernel.expect_silence();
+        kernel.fill(token, fd, Chunk::owned(pattern(64 << 20)));
         peer.reset();
-        let (chunk, result) = kernel.until_sent(token);
-        assert!(matches!(result, Ok(sent) if sent > 0 && sent < chunk.len()), "{result:?}");
+        let result = kernel.until_sent(token).1;
+        assert!(matches!(result, Err(libc::ECONNRESET | libc::EPIPE)), "{result:?}");
         kernel.close(fd);
     });
 }
@@ -415,10 +433,13 @@ fn a_shut_listener_ends_its_accept_with_einval() {
 fn an_accept_without_a_free_descriptor_ends_with_emfile_and_loses_nobody() {
     const CHILD: &str = "URINGD_DRIVER_TESTS_CHILD";
     if env::var_os(CHILD).is_none() {
-        let name = thread::current().name().expect("a test has a name").to_owned();
+        // Without the name of the crate, as the harness names tests.
+        let module = module_path!().split_once("::").map_or("", |(_, rest)| rest);
+        let name = format!("{module}::an_accept_without_a_free_descriptor_ends_with_emfile_and_loses_nobody");
         let mut child = Command::new(env::current_exe().unwrap());
         let output = child.args(["--exact", &name, "--nocapture"]).env(CHILD, "1").output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let (out, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success() && out.contains("1 passed"), "{out}{errors}");
         return;
     }
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -725,7 +746,13 @@ impl Kernel {
     fn until(&mut self, what: &str, mut done: impl FnMut(&mut Kernel) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !done(self) {
-            assert!(Instant::now() < deadline, "{}: no {what}; reported: {}; receiving: {:?}", self.name, summary(&self.events), self.receiving);
+            assert!(
+                Instant::now() < deadline,
+                "{}: no {what}; reported: {}; receiving: {:?}",
+                self.name,
+                summary(&self.events),
+                self.receiving
+            );
             self.turn(Duration::from_millis(50));
         }
     }
@@ -804,20 +831,47 @@ impl Kernel {
         }
     }
 
-    /// A short send is allowed by the seam (kernels before 5.19): the rest is sent, as the engine does.
+    /// The send in flight and what follows it, as the engine does it: after a short send, the rest.
     fn until_sent_whole(&mut self, token: Token, fd: RawFd) -> usize {
-        let mut sent = 0;
+        let mut total = 0;
         loop {
-            let (mut chunk, result) = self.until_sent(token);
-            let count = result.unwrap();
-            assert!(count > 0, "{}: a send of nothing", self.name);
-            sent += count;
-            chunk.start += count;
-            if chunk.is_empty() {
-                return sent;
+            let (chunk, result) = self.until_sent(token);
+            match self.send_rest(token, fd, chunk, result) {
+                (count, true) => total += count,
+                (count, false) => return total + count,
             }
+        }
+    }
+
+    /// Sends until a send stays pending because the peer does not read; how many bytes went out before.
+    fn fill(&mut self, token: Token, fd: RawFd, chunk: Chunk) -> usize {
+        self.push(Op::Send { token, fd, chunk });
+        let mut total = 0;
+        let mut quiet = 0;
+        while quiet < 4 {
+            self.turn(Duration::from_millis(5));
+            quiet += 1;
+            while let Some(event) = self.take(|event| matches!(event, Event::Sent { token: of, .. } if *of == token)) {
+                let Event::Sent { chunk, result, .. } = event else { unreachable!() };
+                let (count, pending) = self.send_rest(token, fd, chunk, result);
+                assert!(pending, "{}: the peer's buffers took everything", self.name);
+                total += count;
+                quiet = 0;
+            }
+        }
+        total
+    }
+
+    /// How much was sent, and whether there is a rest, which is then in flight.
+    fn send_rest(&mut self, token: Token, fd: RawFd, mut chunk: Chunk, result: Result<usize, i32>) -> (usize, bool) {
+        let count = result.unwrap();
+        assert!(count > 0, "{}: a send of nothing", self.name);
+        chunk.start += count;
+        let pending = !chunk.is_empty();
+        if pending {
             self.push(Op::Send { token, fd, chunk });
         }
+        (count, pending)
     }
 
     fn take_accepted(&mut self, listener: ListenerIndex) -> Vec<(OwnedFd, Peer)> {

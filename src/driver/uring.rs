@@ -14,18 +14,12 @@
 //! `user_data` is `kind:8 | generation:24 | slot:32`. Kind 0 is never used, so that a forgotten
 //! one shows.
 //!
-//! If you add an operation: give it a `Kind`, say in [`Op`] which completions end it, and keep what
-//! the kernel may touch in `self` until the last of them.
+//! If you add an operation: give it a `Kind`, say in [`Op`] which completions end it, keep what
+//! the kernel may touch in `self` until the last of them, and say in [`allowed`] which capability it needs.
 
-use std::{
-    collections::VecDeque,
-    io,
-    os::fd::RawFd,
-    ptr,
-    time::Duration,
-};
+use std::{collections::VecDeque, io, os::fd::RawFd, ptr, time::Duration};
 
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, cqueue, opcode, register::Restriction, squeue, types};
 
 use super::{
     Chunk, Completion, Driver, Figures, ListenerIndex, Op, Peer, RecvEnd, Shutdown, Token,
@@ -34,17 +28,48 @@ use super::{
     waker::Waker,
 };
 
-/// Submission entries: a batch, no more; what does not fit is submitted in between.
-const SUBMISSIONS: u32 = 1024;
-/// Completion entries. Overflow costs far more than the 16 bytes each, and ends every multishot operation.
-const COMPLETIONS: u32 = 16_384;
-/// Receive buffers of a shard, and their size: a request head of a browser fits into one.
-const BUFFERS: u16 = 1024;
-const BUFFER_BYTES: usize = 4096;
 /// One-shot accepts kept in flight where multishot ones are missing.
 const ACCEPTS: u16 = 16;
 /// io-wq threads that a mistake of ours may start, at most.
 const IOWQ_WORKERS: u32 = 2;
+
+/// How large a shard's ring is. Only tests that want it to run full use other values than the default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Submission entries: a batch, no more; what does not fit is submitted in between.
+    pub submissions: u32,
+    /// Completion entries. Overflow costs far more than the 16 bytes each, and ends every multishot operation.
+    pub completions: u32,
+    /// Receive buffers, a power of two, and the length of each: a request head of a browser fits into one.
+    pub buffers: u16,
+    pub buffer_bytes: usize,
+}
+
+impl Default for Sizes {
+    fn default() -> Sizes {
+        Sizes { submissions: 1024, completions: 16_384, buffers: 1024, buffer_bytes: 4096 }
+    }
+}
+
+/// The environment variable that makes rings small, for tests: four numbers, `SUBMISSIONS,COMPLETIONS,BUFFERS,BUFFER_BYTES`.
+pub const SIZES_VARIABLE: &str = "URINGD_IO_SIZES";
+/// The environment variable that has the kernel itself refuse what the capabilities do not allow, for tests: `1`.
+pub const RESTRICT_VARIABLE: &str = "URINGD_IO_RESTRICT";
+
+impl Sizes {
+    /// What [`SIZES_VARIABLE`] says; the default when it is absent or no four numbers that a ring can have.
+    pub fn from_environment() -> Sizes {
+        std::env::var(SIZES_VARIABLE).ok().and_then(|text| Sizes::from_text(&text)).unwrap_or_default()
+    }
+
+    fn from_text(text: &str) -> Option<Sizes> {
+        let mut numbers = text.split(',').map(|number| number.trim().parse::<u32>().ok().filter(|number| *number > 0));
+        let mut next = || numbers.next().flatten();
+        let (submissions, completions) = (next()?, next()?);
+        let buffers = next().and_then(|count| u16::try_from(count).ok()).filter(|count| count.is_power_of_two())?;
+        Some(Sizes { submissions, completions, buffers, buffer_bytes: next()? as usize })
+    }
+}
 
 /// First byte of `user_data`: what the completion is of.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -61,6 +86,7 @@ enum Kind {
 pub struct UringDriver {
     ring: IoUring,
     caps: Capabilities,
+    buffer_bytes: usize,
     listeners: Vec<Listener>,
     /// `None` without the buffer ring; then `scratch` takes what recv(2) brings.
     buffers: Option<Buffers>,
@@ -72,8 +98,9 @@ pub struct UringDriver {
     /// Completions of one turn, copied out so that the queue is free again.
     completions: Vec<cqueue::Entry>,
     waker: Waker,
-    /// The kernel writes the doorbell's counter here. Boxed: its address must not change.
-    doorbell: Box<u64>,
+    /// The kernel writes the doorbell's counter here. Leaked, eight bytes a shard: the read is still in flight when the
+    /// ring is dropped, and the kernel ends it whenever it likes.
+    doorbell: &'static mut u64,
     doorbell_armed: bool,
     figures: Figures,
 }
@@ -102,11 +129,23 @@ impl UringDriver {
     /// # Errors
     /// [`Unavailable`], when a ring that was possible at the probe no longer is.
     pub fn new(listeners: &[RawFd], caps: Capabilities) -> Result<UringDriver, Unavailable> {
+        UringDriver::with_sizes(listeners, caps, Sizes::default())
+    }
+
+    /// The same with a ring of another size, and restricted if [`RESTRICT_VARIABLE`] says so.
+    ///
+    /// # Errors
+    /// As [`UringDriver::new`].
+    pub fn with_sizes(listeners: &[RawFd], caps: Capabilities, sizes: Sizes) -> Result<UringDriver, Unavailable> {
         let failed = |error: io::Error| Unavailable::setup(&error);
-        let ring = setup(&caps).map_err(failed)?;
+        let restricted = std::env::var(RESTRICT_VARIABLE).is_ok_and(|value| value == "1");
+        let ring = setup(&caps, sizes, restricted).map_err(failed)?;
+        if restricted {
+            restrict(&ring, &caps).map_err(failed)?;
+        }
         // EINVAL before 5.15 (5.10.162): then a stray punt may start more threads than it should.
         let _ = ring.submitter().register_iowq_max_workers(&mut [IOWQ_WORKERS, IOWQ_WORKERS]);
-        let buffers = caps.buffer_ring.then(|| Buffers::new(BUFFERS, BUFFER_BYTES));
+        let buffers = caps.buffer_ring.then(|| Buffers::new(sizes.buffers, sizes.buffer_bytes));
         if let Some(buffers) = &buffers {
             // SAFETY: the memory lives in `self` and is freed after the ring (field order).
             unsafe { ring.submitter().register_buf_ring_with_flags(buffers.address(), buffers.count(), 0, 0) }.map_err(failed)?;
@@ -115,20 +154,22 @@ impl UringDriver {
         Ok(UringDriver {
             ring,
             caps,
+            buffer_bytes: sizes.buffer_bytes,
             listeners: listeners.iter().map(listener).collect(),
-            scratch: if buffers.is_some() { Vec::new() } else { vec![0; 4 * BUFFER_BYTES] },
+            scratch: if buffers.is_some() { Vec::new() } else { vec![0; 4 * sizes.buffer_bytes] },
             buffers,
             slots: Vec::new(),
             waiting: VecDeque::new(),
-            completions: Vec::with_capacity(COMPLETIONS as usize),
+            completions: Vec::with_capacity(sizes.completions as usize),
             waker: Waker::new().map_err(failed)?,
-            doorbell: Box::new(0),
+            doorbell: Box::leak(Box::new(0)),
             doorbell_armed: false,
             figures: Figures::default(),
         })
     }
 
     fn submit_entry(&mut self, entry: squeue::Entry) {
+        debug_assert_eq!(check(&entry, &self.caps), Ok(()));
         // SAFETY: whatever an entry points to is kept in `self` until its last completion: chunks in
         // `slots`, the doorbell's counter in `doorbell`, receive buffers in `buffers`.
         if !self.waiting.is_empty() || unsafe { self.ring.submission().push(&entry) }.is_err() {
@@ -161,12 +202,10 @@ impl UringDriver {
     }
 
     fn accept_stop(&mut self, index: ListenerIndex) {
-        let listener = &mut self.listeners[usize::from(index)];
-        listener.stopping = true;
-        // A cancellation ends one operation of this name.
-        for _ in 0..listener.in_flight {
-            self.cancel(user_data(Kind::Accept, u32::from(index), 0));
-        }
+        self.listeners[usize::from(index)].stopping = true;
+        // A cancellation ends one operation of this name. Where several are in flight, the end of each asks for the
+        // next one's: all at once would find the same one again and again, because it keeps its name until it is reported.
+        self.cancel(user_data(Kind::Accept, u32::from(index), 0));
     }
 
     fn recv(&mut self, token: Token, fd: RawFd) {
@@ -174,7 +213,7 @@ impl UringDriver {
             // A length of zero: anything else is EINVAL before 6.17.
             (Some(_), true) => (Kind::Recv, opcode::RecvMulti::new(types::Fd(fd), 0).build()),
             (Some(_), false) => {
-                let recv = opcode::Recv::new(types::Fd(fd), ptr::null_mut(), BUFFER_BYTES as u32).buf_group(0).build();
+                let recv = opcode::Recv::new(types::Fd(fd), ptr::null_mut(), self.buffer_bytes as u32).buf_group(0).build();
                 (Kind::Recv, recv.flags(squeue::Flags::BUFFER_SELECT))
             }
             (None, _) => {
@@ -333,7 +372,7 @@ impl UringDriver {
             let error = std::mem::take(&mut listener.error);
             listener.stopping = false;
             each(Completion::AcceptEnded { listener: index, error });
-        } else if !listener.stopping {
+        } else {
             self.accept_stop(index);
         }
     }
@@ -358,7 +397,7 @@ impl Driver for UringDriver {
     fn wait(&mut self, timeout: Option<Duration>, each: &mut dyn FnMut(Completion<'_>)) -> io::Result<()> {
         if !self.doorbell_armed {
             self.doorbell_armed = true;
-            let read = opcode::Read::new(types::Fd(self.waker.fd()), ptr::from_mut(self.doorbell.as_mut()).cast(), 8).build();
+            let read = opcode::Read::new(types::Fd(self.waker.fd()), ptr::from_mut(self.doorbell).cast(), 8).build();
             self.submit_entry(read.user_data(user_data(Kind::Doorbell, 0, 0)));
         }
         if let Some(buffers) = &mut self.buffers {
@@ -393,10 +432,10 @@ impl Driver for UringDriver {
 }
 
 /// Creates a ring with everything that helps and is there.
-fn setup(caps: &Capabilities) -> io::Result<IoUring> {
+fn setup(caps: &Capabilities, sizes: Sizes, restricted: bool) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     // A child of a fork must not share the rings; CLAMP takes what the kernel allows of the sizes asked for.
-    builder.dontfork().setup_clamp().setup_cqsize(COMPLETIONS);
+    builder.dontfork().setup_clamp().setup_cqsize(sizes.completions);
     if caps.coop_taskrun || caps.defer_taskrun {
         // Without the flag, a submit that does not wait would not know that there is work to fetch.
         builder.setup_taskrun_flag();
@@ -416,7 +455,72 @@ fn setup(caps: &Capabilities) -> io::Result<IoUring> {
     if caps.no_sqarray {
         builder.setup_no_sqarray();
     }
-    builder.build(SUBMISSIONS)
+    if restricted {
+        builder.setup_r_disabled();
+    }
+    builder.build(sizes.submissions)
+}
+
+/// The operations that a ring with these capabilities is asked for, and no others.
+fn allowed(caps: &Capabilities) -> [u8; 5] {
+    let receive = if caps.buffer_ring { opcode::Recv::CODE } else { opcode::PollAdd::CODE };
+    [opcode::Accept::CODE, opcode::Send::CODE, opcode::AsyncCancel::CODE, opcode::Read::CODE, receive]
+}
+
+/// Has the kernel answer EACCES to every operation, flag and registration that the capabilities do not allow
+/// (io_uring_register(2), IORING_REGISTER_RESTRICTIONS, since 5.10), then enables the ring, which makes
+/// the calling thread its single issuer.
+fn restrict(ring: &IoUring, caps: &Capabilities) -> io::Result<()> {
+    let mut rules: Vec<Restriction> = allowed(caps).into_iter().map(Restriction::sqe_op).collect();
+    // Numbers of enum io_uring_register_op, which the crate keeps to itself.
+    const PBUF_RING: u8 = 22;
+    const IOWQ_MAX_WORKERS: u8 = 19;
+    rules.push(Restriction::register_op(IOWQ_MAX_WORKERS));
+    if caps.buffer_ring {
+        rules.push(Restriction::register_op(PBUF_RING));
+        rules.push(Restriction::sqe_flags_allowed(squeue::Flags::BUFFER_SELECT.bits()));
+    }
+    ring.submitter().register_restrictions(&mut rules)?;
+    ring.submitter().register_enable_rings()
+}
+
+/// Finds an entry that the capabilities do not allow. The kernel's restrictions know operations; the flags inside
+/// them (`ioprio` of an accept or a receive) are only seen here. In debug builds every entry passes through.
+fn check(entry: &squeue::Entry, caps: &Capabilities) -> Result<(), String> {
+    const BYTES: usize = size_of::<squeue::Entry>();
+    const { assert!(BYTES == 64, "struct io_uring_sqe") };
+    // SAFETY: the entry is `repr(C)` around the kernel's 64-byte structure, and the crate makes all of it
+    // from zeroes, so every byte is initialised.
+    let bytes: &[u8; BYTES] = unsafe { &*ptr::from_ref(entry).cast() };
+    let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let (operation, flags, priority) = (bytes[0], bytes[1], u16::from_ne_bytes([bytes[2], bytes[3]]));
+    let (length, operation_flags) = (word(24), word(28));
+    let refuse = |what: &str| Err(format!("{what} (operation {operation}, flags {flags:#x}, ioprio {priority:#x}) with {caps}"));
+    if !allowed(caps).contains(&operation) {
+        return refuse("an operation that is not allowed");
+    }
+    if split(word(32) as u64 | (word(36) as u64) << 32).0.is_none() {
+        return refuse("an entry without a kind");
+    }
+    let selects = flags & squeue::Flags::BUFFER_SELECT.bits() != 0;
+    if flags & !squeue::Flags::BUFFER_SELECT.bits() != 0 || selects != (operation == opcode::Recv::CODE) {
+        return refuse("flags that are not used");
+    }
+    /// IORING_ACCEPT_MULTISHOT and IORING_RECV_MULTISHOT of <linux/io_uring.h>.
+    const ACCEPT_MULTISHOT: u16 = 1;
+    const RECV_MULTISHOT: u16 = 2;
+    match (operation, priority) {
+        (_, 0) => {}
+        (opcode::Accept::CODE, ACCEPT_MULTISHOT) if caps.multishot_accept => {}
+        (opcode::Recv::CODE, RECV_MULTISHOT) if !caps.multishot_recv => return refuse("a multishot receive"),
+        (opcode::Recv::CODE, RECV_MULTISHOT) if length == 0 => {}
+        _ => return refuse("an ioprio that is not allowed"),
+    }
+    // Multishot polls came with 5.13, flags of a cancellation with 5.19.
+    if operation == opcode::PollAdd::CODE && length != 0 || operation == opcode::AsyncCancel::CODE && operation_flags != 0 {
+        return refuse("flags of a later kernel");
+    }
+    Ok(())
 }
 
 /// shutdown(2) as a system call: the ring's own operation always goes to a kernel thread.
@@ -451,4 +555,83 @@ fn split(user_data: u64) -> (Option<Kind>, u32, u32) {
     const KINDS: [Kind; 6] = [Kind::Accept, Kind::Recv, Kind::Poll, Kind::Send, Kind::Cancel, Kind::Doorbell];
     let kind = KINDS.into_iter().find(|kind| *kind as u64 == user_data >> 56);
     (kind, user_data as u32, (user_data >> 32) as u32 & Token::GENERATION_MASK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: Capabilities = Capabilities {
+        buffer_ring: false,
+        multishot_recv: false,
+        multishot_accept: false,
+        coop_taskrun: false,
+        single_issuer: false,
+        defer_taskrun: false,
+        submit_all: false,
+        no_sqarray: false,
+        min_timeout: false,
+    };
+    const NEW: Capabilities = Capabilities { buffer_ring: true, multishot_recv: true, multishot_accept: true, ..OLD };
+
+    fn named(entry: squeue::Entry) -> squeue::Entry {
+        entry.user_data(user_data(Kind::Accept, 0, 0))
+    }
+
+    #[test]
+    fn an_entry_that_the_tier_does_not_have_is_found_before_the_kernel_sees_it() {
+        let fd = types::Fd(0);
+        let multishot_accept = || named(opcode::AcceptMulti::new(fd).build());
+        let multishot_recv = || named(opcode::RecvMulti::new(fd, 0).build());
+        let poll = || named(opcode::PollAdd::new(fd, 1).build());
+        let multishot_poll = named(opcode::PollAdd::new(fd, 1).multi(true).build());
+        let received = || opcode::Recv::new(fd, ptr::null_mut(), 4096).buf_group(0).build();
+        assert_eq!(check(&multishot_accept(), &NEW), Ok(()));
+        assert!(check(&multishot_accept(), &OLD).is_err());
+        assert_eq!(check(&multishot_recv(), &NEW), Ok(()));
+        assert!(check(&multishot_recv(), &Capabilities { multishot_recv: false, ..NEW }).is_err());
+        assert!(check(&multishot_recv(), &OLD).is_err());
+        assert_eq!(check(&poll(), &OLD), Ok(()));
+        assert!(check(&multishot_poll, &OLD).is_err() && check(&poll(), &NEW).is_err());
+        assert_eq!(check(&named(received().flags(squeue::Flags::BUFFER_SELECT)), &NEW), Ok(()));
+        assert!(check(&named(received()), &NEW).is_err(), "a receive into no buffer");
+        assert!(check(&named(received().flags(squeue::Flags::IO_LINK)), &NEW).is_err());
+        assert!(check(&named(opcode::Nop::new().build()), &NEW).is_err(), "never used");
+        assert!(check(&opcode::Read::new(fd, ptr::null_mut(), 8).build(), &NEW).is_err(), "no kind");
+    }
+
+    #[test]
+    fn a_restricted_ring_refuses_what_its_tier_does_not_have_and_does_the_rest() {
+        let caps = match Capabilities::probe() {
+            Ok(caps) => caps,
+            Err(why) => return eprintln!("SKIPPED: {why}"),
+        };
+        let old = caps.masked("tier=5.15").expect("a tier");
+        let mut ring = setup(&old, Sizes::default(), true).expect("a disabled ring");
+        restrict(&ring, &old).expect("restrictions came with 5.10");
+        for (entry, expected) in [
+            (opcode::PollAdd::new(types::Fd(-1), 1).build(), -libc::EBADF),
+            (opcode::Nop::new().build(), -libc::EACCES),
+            (opcode::Recv::new(types::Fd(-1), ptr::null_mut(), 0).build(), -libc::EACCES),
+        ] {
+            // SAFETY: no entry points to memory.
+            unsafe { ring.submission().push(&entry) }.expect("an empty queue");
+            // The kernel before 5.18 stops a batch at a refused entry; a batch here is one.
+            ring.submit_and_wait(1).expect("submitted");
+            assert_eq!(ring.completion().next().map(|entry| entry.result()), Some(expected));
+        }
+        let page = Buffers::new(2, 64);
+        // SAFETY: the page outlives the ring's use, and the registration is refused.
+        let refused = unsafe { ring.submitter().register_buf_ring_with_flags(page.address(), 2, 0, 0) };
+        assert_eq!(refused.map_err(|error| error.raw_os_error()), Err(Some(libc::EACCES)));
+    }
+
+    #[test]
+    fn sizes_are_four_numbers_that_a_ring_can_have() {
+        let sizes = Sizes { submissions: 8, completions: 64, buffers: 4, buffer_bytes: 256 };
+        assert_eq!(Sizes::from_text("8,64, 4,256"), Some(sizes));
+        for bad in ["", "8,64,4", "8,64,3,256", "0,64,4,256", "8,64,70000,256", "a,b,c,d"] {
+            assert_eq!(Sizes::from_text(bad), None, "{bad}");
+        }
+    }
 }

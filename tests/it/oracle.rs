@@ -295,6 +295,10 @@ fn read_target(method: &[u8], target: &[u8], request: &mut Request, broken: &mut
         None => (target, None),
     };
     request.query = query;
+    // `path-absolute` does not begin with two slashes (RFC 3986 section 3.3).
+    if before.starts_with(b"//") {
+        broken.insert(400);
+    }
     if target[0] == b'/' || (target == b"*" && method == b"OPTIONS") {
         request.path = before.to_vec();
         return None;
@@ -314,6 +318,9 @@ fn read_target(method: &[u8], target: &[u8], request: &mut Request, broken: &mut
     } else {
         before[end..].to_vec()
     };
+    if before[end..].starts_with(b"//") {
+        broken.insert(400);
+    }
     let authority = before[start..end].to_vec();
     if !is_host(&authority) {
         broken.insert(400);
