@@ -11,6 +11,8 @@ use serde::Deserialize;
 use crate::{
     builtin::Builtin,
     config::{Backend, Bind, Config, Cores},
+    identity::{Fields, Networks},
+    python::{PythonApp, find_interpreter, zygote::THREADS_MAX},
 };
 
 const ABOUT: &str = "\
@@ -25,10 +27,12 @@ Targets:
   builtin:echo         JSON of the request as it was understood
   builtin:sleep        sleeps ?ms=N on a handler thread, then answers
   builtin:stream       streams ?bytes=N from a handler thread
+  module:attribute     a Python application (WSGI); module:factory() calls what makes one
 
 Examples:
   uringd                                      the welcome page on http://127.0.0.1:8000
   uringd --bind :8080 --cores 2 builtin:echo  all interfaces, two cores
+  uringd --workers 4 --chdir site app:app     four processes of the Flask application in site/app.py
   uringd --check --config uringd.toml         says what would run, and exits
 
 Every option is also an environment variable, URINGD_ and its name in capitals (URINGD_KEEP_ALIVE=5), and a key
@@ -68,6 +72,10 @@ pub struct Options {
     #[arg(long, help_heading = "Running")]
     #[serde(skip)]
     pub check: bool,
+    /// Say what this machine offers and costs, with the remedy for each finding, and exit: 0 without a problem, else 1
+    #[arg(long, help_heading = "Running")]
+    #[serde(skip)]
+    pub doctor: bool,
     /// Connections that wait in the kernel for each listener [default: 4096]
     #[arg(long, value_name = "N", env = "URINGD_BACKLOG", help_heading = "Running")]
     pub backlog: Option<u32>,
@@ -155,6 +163,61 @@ pub struct Options {
     /// Requests on one connection before it is closed; 0: any number [default: 0]
     #[arg(long, value_name = "N", env = "URINGD_KEEP_ALIVE_REQUESTS", help_heading = "Limits")]
     pub keep_alive_requests: Option<u64>,
+    /// Proxies that may say who the client is, by X-Forwarded-For and its like or by Forwarded: addresses and networks,
+    /// `*` for all; from others these fields are removed [default: loopback, or $FORWARDED_ALLOW_IPS]
+    #[arg(long, value_name = "LIST", env = "URINGD_FORWARDED_ALLOW_IPS", help_heading = "Proxies")]
+    pub forwarded_allow_ips: Option<String>,
+    /// Proxies between client and server: so many of the addresses they wrote are believed [default: 1]
+    #[arg(long, value_name = "N", env = "URINGD_FORWARDED_HOPS", help_heading = "Proxies")]
+    pub forwarded_hops: Option<usize>,
+    /// Which fields the proxies write: x-forwarded, forwarded, or auto for the first of them that is there [default: auto]
+    #[arg(long, value_name = "KIND", env = "URINGD_FORWARDED_FIELDS", help_heading = "Proxies")]
+    pub forwarded_fields: Option<String>,
+    /// Every connection begins with a PROXY protocol header, version 1 or 2: on or off [default: off]
+    #[arg(long, value_name = "on|off", env = "URINGD_PROXY_PROTOCOL", help_heading = "Proxies")]
+    pub proxy_protocol: Option<String>,
+    /// Who may connect when it is on: addresses and networks, `*` for all [default: loopback]
+    #[arg(long, value_name = "LIST", env = "URINGD_PROXY_ALLOW_FROM", help_heading = "Proxies")]
+    pub proxy_allow_from: Option<String>,
+    /// Python processes in all, spread over the cores [default: $WEB_CONCURRENCY, or one per core]
+    #[arg(short, long, value_name = "N", env = "URINGD_WORKERS", help_heading = "Python")]
+    pub workers: Option<usize>,
+    /// Threads of each Python process [default: 1]
+    #[arg(long, value_name = "N", env = "URINGD_THREADS", help_heading = "Python")]
+    pub threads: Option<usize>,
+    /// The interpreter [default: that of $VIRTUAL_ENV, ./.venv or ./venv, else python3]
+    #[arg(long, value_name = "PATH", env = "URINGD_PYTHON", help_heading = "Python")]
+    pub python: Option<PathBuf>,
+    /// Load the application from this directory
+    #[arg(long, value_name = "DIR", env = "URINGD_CHDIR", help_heading = "Python")]
+    pub chdir: Option<PathBuf>,
+    /// Directories in which modules are looked for, with commas between
+    #[arg(long, value_name = "LIST", env = "URINGD_PYTHONPATH", help_heading = "Python")]
+    pub pythonpath: Option<String>,
+    /// Set a variable of the application's environment; repeatable
+    #[arg(short, long, value_name = "K=V", help_heading = "Python")]
+    pub env: Vec<String>,
+    /// Load the application once, and fork the processes from it
+    #[arg(long, value_name = "BOOL", env = "URINGD_PRELOAD", num_args = 0..=1, default_missing_value = "true", require_equals = true, help_heading = "Python")]
+    pub preload: Option<bool>,
+    /// Replace a process after so many requests; 0: never [default: 0]
+    #[arg(long, value_name = "N", env = "URINGD_MAX_REQUESTS", help_heading = "Python")]
+    pub max_requests: Option<u64>,
+    /// And up to so many more, so that they do not all fall due together [default: 0]
+    #[arg(long, value_name = "N", env = "URINGD_MAX_REQUESTS_JITTER", help_heading = "Python")]
+    pub max_requests_jitter: Option<u64>,
+    /// Replace a process that has more memory than this; 0: never [default: 0]
+    #[arg(long, value_name = "BYTES", env = "URINGD_MAX_RSS", help_heading = "Python")]
+    pub max_rss: Option<u64>,
+    /// Replace a process that is older than this; 0: never [default: 0]
+    #[arg(long, value_name = "SECS", env = "URINGD_MAX_AGE", help_heading = "Python")]
+    pub max_age: Option<Seconds>,
+    /// What the application is, when its looks would say something else: wsgi
+    #[arg(long, value_name = "NAME", env = "URINGD_INTERFACE", help_heading = "Python")]
+    pub interface: Option<String>,
+    /// gunicorn's name for how requests run: sync or gthread; both are --threads here
+    #[arg(short = 'k', long, value_name = "NAME", env = "URINGD_WORKER_CLASS", help_heading = "Python")]
+    pub worker_class: Option<String>,
     /// Relax one rule of the strict request profile: double-slash, host-missing, underscore-headers; repeatable
     #[arg(long, value_name = "RULE", env = "URINGD_PERMIT", value_delimiter = ',', help_heading = "Limits")]
     pub permit: Vec<String>,
@@ -201,6 +264,8 @@ impl std::error::Error for Usage {}
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     Builtin(Builtin),
+    /// A Python application: `module:attribute`.
+    Python(String),
     /// A form that is understood but cannot be served yet: what it is.
     Unsupported(&'static str),
 }
@@ -216,12 +281,14 @@ impl Target {
             let names: Vec<_> = Builtin::NAMES.iter().map(|pair| pair.0).collect();
             return Err(Usage(format!("{text} is no built-in target; try: {}", names.join(", "))));
         }
+        let is_module = |name: &str| !name.is_empty() && name.chars().all(|letter| letter.is_alphanumeric() || letter == '_' || letter == '.');
+        if text.split_once(':').is_some_and(|(module, attribute)| is_module(module) && !attribute.is_empty() && !attribute.starts_with('/')) {
+            return Ok(Target::Python(text.to_owned()));
+        }
         let unsupported = if text.starts_with("http://") || text.starts_with("https://") || text.starts_with("unix:") {
             "a reverse proxy"
         } else if text.contains('/') || text == "." || text == ".." {
             "a directory of static files"
-        } else if text.split_once(':').is_some_and(|(module, attribute)| !module.is_empty() && !attribute.is_empty()) {
-            "a Python application"
         } else {
             return Err(Usage(format!("{text:?} is no target; try: builtin:welcome, or --help for the forms there are")));
         };
@@ -231,7 +298,9 @@ impl Target {
 
 impl Options {
     /// Fills what was not said from `file`.
-    pub fn over(self, file: Options) -> Options {
+    pub fn over(mut self, file: Options) -> Options {
+        // The environment wins over the file under gunicorn's name, too.
+        self.forwarded_allow_ips = self.forwarded_allow_ips.or_else(forwarded_allow_ips);
         /// Every field, so that none is forgotten when one is added.
         macro_rules! merge {
             ($($field:ident)*; $($list:ident)*; $($own:ident)*) => {
@@ -247,10 +316,65 @@ impl Options {
             timeout queue_timeout head_timeout body_timeout body_rate send_timeout keep_alive graceful_timeout
             queue limit_connections limit_request_line limit_request_fields limit_request_field_size limit_head
             limit_body keep_alive_requests send_rate body_memory limit_body_memory limit_response_memory
-            connection_life limit_response_spool limit_spool spool_dir limit_per_ip;
-            bind permit;
-            config check
+            connection_life limit_response_spool limit_spool spool_dir limit_per_ip
+            forwarded_allow_ips forwarded_hops forwarded_fields proxy_protocol proxy_allow_from
+            workers threads python chdir pythonpath preload max_requests max_requests_jitter max_rss max_age interface
+            worker_class;
+            bind permit env;
+            config check doctor
         }
+    }
+
+    /// What they mean for a Python application. `concurrency` is the environment's WEB_CONCURRENCY.
+    ///
+    /// # Errors
+    /// [`Usage`], for the first that means nothing.
+    pub fn python_app(&self, app: &str, concurrency: Option<&str>) -> Result<PythonApp, Usage> {
+        let usage = |text: String| Err(Usage(text));
+        match self.interface.as_deref() {
+            None | Some("auto" | "wsgi") => {}
+            Some("asgi") => return usage("--interface asgi: this version runs WSGI applications only; try: an adapter such as a2wsgi".to_owned()),
+            Some(other) => return usage(format!("--interface {other}: try wsgi")),
+        }
+        match self.worker_class.as_deref() {
+            None | Some("sync" | "gthread") => {}
+            Some(other) => return usage(format!("--worker-class {other} is not available; try: --threads 8, which is gunicorn's gthread")),
+        }
+        let said = concurrency.filter(|_| self.workers.is_none());
+        let concurrency = said.map(|text| text.parse().map_err(|_| Usage(format!("WEB_CONCURRENCY={text} is no number")))).transpose()?;
+        let workers = self.workers.or(concurrency);
+        if workers == Some(0) {
+            return usage("--workers 0: try 1 or more".to_owned());
+        }
+        let threads = self.threads.unwrap_or(1);
+        if !(1..=THREADS_MAX).contains(&threads) {
+            return usage(format!("--threads {threads}: try 1 to {THREADS_MAX}, and more --workers"));
+        }
+        let pair = |text: &String| {
+            let pair = text.split_once('=').filter(|(name, _)| !name.is_empty());
+            let pair = pair.map(|(name, value)| (name.to_owned(), value.to_owned()));
+            pair.ok_or_else(|| Usage(format!("--env {text}: try NAME=VALUE")))
+        };
+        Ok(PythonApp {
+            // A path with a slash is ours to resolve: the zygote changes its directory.
+            interpreter: match &self.python {
+                Some(path) if path.components().count() > 1 => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
+                Some(name) => name.clone(),
+                None => find_interpreter(self.chdir.as_deref()),
+            },
+            workers,
+            threads,
+            chdir: self.chdir.clone(),
+            pythonpath: self.pythonpath.iter().flat_map(|list| list.split([',', ':'])).filter(|path| !path.is_empty()).map(str::to_owned).collect(),
+            env: self.env.iter().map(pair).collect::<Result<_, Usage>>()?,
+            preload: self.preload.unwrap_or(false),
+            max_requests: self.max_requests.unwrap_or(0),
+            max_requests_jitter: self.max_requests_jitter.unwrap_or(0),
+            max_rss: self.max_rss.filter(|limit| *limit > 0),
+            max_age: self.max_age.map(|seconds| seconds.0).filter(|limit| !limit.is_zero()),
+            interface: self.interface.clone().filter(|name| name != "auto"),
+            app: app.to_owned(),
+        })
     }
 
     /// What the options mean. `port` is the environment's PORT.
@@ -283,6 +407,26 @@ impl Options {
                 other => return Err(Usage(format!("--permit {other}: try double-slash, host-missing or underscore-headers"))),
             }
         }
+        let networks = |option: &str, text: &str| {
+            let bad = |part| Usage(format!("--{option}: {part} is no address and no network; try: 127.0.0.1,10.0.0.0/8"));
+            Networks::from_list(text).map_err(bad)
+        };
+        if let Some(list) = self.forwarded_allow_ips.clone().or_else(forwarded_allow_ips) {
+            config.forwarded.proxies = networks("forwarded-allow-ips", &list)?;
+        }
+        set(&mut config.forwarded.hops, self.forwarded_hops);
+        config.forwarded.fields = match self.forwarded_fields.as_deref() {
+            None | Some("auto") => Fields::Auto,
+            Some("x-forwarded") => Fields::XForwarded,
+            Some("forwarded") => Fields::Forwarded,
+            Some(other) => return Err(Usage(format!("--forwarded-fields {other}: try auto, x-forwarded or forwarded"))),
+        };
+        let allowed = self.proxy_allow_from.as_deref().map(|list| networks("proxy-allow-from", list)).transpose()?;
+        config.proxy_protocol = match self.proxy_protocol.as_deref() {
+            None | Some("off") => None,
+            Some("on") => Some(allowed.unwrap_or_else(Networks::loopback)),
+            Some(other) => return Err(Usage(format!("--proxy-protocol {other}: try on or off"))),
+        };
         set(&mut config.handlers, self.handlers);
         set(&mut config.backlog, self.backlog);
         let limits = &mut config.limits;
@@ -316,6 +460,11 @@ impl Options {
         set(&mut timeouts.drain, seconds(self.graceful_timeout));
         config.checked().map_err(Usage)
     }
+}
+
+/// gunicorn's name for it.
+fn forwarded_allow_ips() -> Option<String> {
+    std::env::var("FORWARDED_ALLOW_IPS").ok()
 }
 
 fn set<T>(setting: &mut T, said: Option<T>) {
@@ -383,6 +532,17 @@ mod tests {
     }
 
     #[test]
+    fn proxies_are_trusted_by_address_and_network() {
+        let config = parse("--forwarded-allow-ips 10.0.0.0/8 --forwarded-hops 2 --proxy-protocol on").config(None).expect("valid");
+        assert_eq!((config.forwarded.proxies.to_string(), config.forwarded.hops), ("10.0.0.0/8".to_owned(), 2));
+        assert_eq!(config.proxy_protocol, Some(Networks::loopback()));
+        assert_eq!(parse("--proxy-allow-from *").config(None).expect("valid").proxy_protocol, None);
+        for bad in ["--forwarded-allow-ips x", "--proxy-allow-from 1.2.3.4/40", "--proxy-protocol maybe", "--forwarded-fields both"] {
+            assert!(parse(bad).config(None).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn cores_are_all_a_count_or_a_list() {
         assert_eq!(cores("all"), Ok(Cores::All));
         assert_eq!(cores("2"), Ok(Cores::Count(2)));
@@ -403,10 +563,25 @@ mod tests {
     #[test]
     fn targets_are_told_apart_by_their_form() {
         assert_eq!(Target::from_text("builtin:hello"), Ok(Target::Builtin(Builtin::Hello)));
-        assert_eq!(Target::from_text("app:application"), Ok(Target::Unsupported("a Python application")));
+        for app in ["app:application", "site.wsgi:make(\"a/b\")", "a:b.c"] {
+            assert_eq!(Target::from_text(app), Ok(Target::Python(app.to_owned())));
+        }
         assert_eq!(Target::from_text("./public"), Ok(Target::Unsupported("a directory of static files")));
         assert_eq!(Target::from_text("http://127.0.0.1:1"), Ok(Target::Unsupported("a reverse proxy")));
         assert!(Target::from_text("builtin:nothing").is_err() && Target::from_text("word").is_err());
+    }
+
+    #[test]
+    fn gunicorns_options_for_workers_are_understood() {
+        let app = parse("-w 3 --threads 4 -k gthread -e A=b=c -e D= --preload --max-requests 9 --pythonpath x,y").python_app("a:b", Some("7"));
+        let app = app.expect("valid");
+        assert_eq!((app.workers, app.threads, app.preload, app.max_requests), (Some(3), 4, true, 9));
+        assert_eq!((app.env["A"].as_str(), app.env["D"].as_str(), app.pythonpath), ("b=c", "", vec!["x".to_owned(), "y".to_owned()]));
+        assert_eq!(parse("").python_app("a:b", Some("7")).expect("valid").workers, Some(7));
+        for bad in ["-w 0", "--threads 0", "--threads 65", "-k gevent", "--interface asgi", "-e A"] {
+            assert!(parse(bad).python_app("a:b", None).is_err(), "{bad}");
+        }
+        assert!(parse("").python_app("a:b", Some("many")).is_err());
     }
 
     #[test]

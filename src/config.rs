@@ -5,6 +5,8 @@
 
 use std::{fmt, path::PathBuf, time::Duration};
 
+use crate::identity::{Fields, Networks, Trust};
+
 /// What a [`Server`](crate::Server) runs with.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -28,6 +30,10 @@ pub struct Config {
     pub backlog: u32,
     /// Value of the `Server` field of responses that have none; `None` sends none.
     pub server_name: Option<String>,
+    /// Which proxies may say who the client is.
+    pub forwarded: Trust,
+    /// Every connection begins with a PROXY protocol header, and these may connect; `None`: no connection does.
+    pub proxy_protocol: Option<Networks>,
     /// Requests that malformed-request rules let pass; see [`Permit`].
     pub permit: Permit,
 }
@@ -45,6 +51,8 @@ impl Default for Config {
             spool_directory: PathBuf::from("/var/tmp"),
             backlog: 4096,
             server_name: Some("uringd".to_owned()),
+            forwarded: Trust::default(),
+            proxy_protocol: None,
             permit: Permit::default(),
         }
     }
@@ -327,6 +335,19 @@ impl fmt::Display for Config {
             writeln!(f, "{key} = {value}")?;
         }
         writeln!(f, "spool-dir = \"{}\"", self.spool_directory.display())?;
+        let forwarded = &self.forwarded;
+        let fields = match forwarded.fields {
+            Fields::Auto => "auto",
+            Fields::XForwarded => "x-forwarded",
+            Fields::Forwarded => "forwarded",
+        };
+        writeln!(f, "forwarded-allow-ips = \"{}\"", forwarded.proxies)?;
+        writeln!(f, "forwarded-hops = {}", forwarded.hops)?;
+        writeln!(f, "forwarded-fields = \"{fields}\"")?;
+        writeln!(f, "proxy-protocol = \"{}\"", if self.proxy_protocol.is_some() { "on" } else { "off" })?;
+        if let Some(allowed) = &self.proxy_protocol {
+            writeln!(f, "proxy-allow-from = \"{allowed}\"")?;
+        }
         let permit = self.permit;
         let permits = [
             ("double-slash", permit.double_slash),

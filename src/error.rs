@@ -1,6 +1,6 @@
 //! What can keep a server from starting or from ending well. Every text ends with what to try.
 
-use std::{fmt, io};
+use std::{fmt, io, path::PathBuf};
 
 use crate::driver::capabilities::Unavailable;
 
@@ -21,6 +21,12 @@ pub enum Error {
     Start { what: &'static str, source: io::Error },
     /// A shard's driver failed while serving.
     Driver(io::Error),
+    /// The Python interpreter could not be started.
+    Interpreter { path: PathBuf, source: io::Error },
+    /// The Python application could not be loaded; and what Python told about it, a traceback for the most part.
+    Application { name: String, told: String },
+    /// It was told to stop before it served.
+    Stopped,
     /// The drain limit was over before every request was answered.
     DrainLimit { lost: usize },
 }
@@ -47,6 +53,15 @@ impl fmt::Display for Error {
                 write!(f, "cannot make {what}: {source}; try: higher limits (ulimit -n, ulimit -u), or fewer --cores and --handlers")
             }
             Error::Driver(source) => write!(f, "the kernel interface failed while serving: {source}; try: --backend epoll"),
+            Error::Interpreter { path, source } => {
+                write!(f, "cannot run the Python interpreter {}: {source}; try: --python with the path of one", path.display())
+            }
+            Error::Application { name, told } => {
+                let (said, hint) = split_hint(told);
+                let last = said.trim_end().lines().next_back().unwrap_or("").trim();
+                write!(f, "cannot load the application {name} ({last}); try: {hint}")
+            }
+            Error::Stopped => write!(f, "stopped before it was ready to serve; try: again, when nothing stops it"),
             Error::DrainLimit { lost } => {
                 write!(f, "stopped with {lost} requests unanswered; try: a longer --graceful-timeout")
             }
@@ -57,9 +72,14 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::Bind { source, .. } | Error::Start { source, .. } | Error::Driver(source) => Some(source),
+            Error::Bind { source, .. } | Error::Interpreter { source, .. } | Error::Start { source, .. } | Error::Driver(source) => Some(source),
             Error::NoUring(why) => Some(why),
-            Error::Cores { .. } | Error::Mask(_) | Error::DrainLimit { .. } => None,
+            Error::Cores { .. } | Error::Mask(_) | Error::Application { .. } | Error::Stopped | Error::DrainLimit { .. } => None,
         }
     }
+}
+
+/// What Python told about an application that could not be loaded, and what to try: its last line, when that is a hint.
+pub fn split_hint(told: &str) -> (&str, &str) {
+    told.rsplit_once("hint: ").map_or((told, "python3 -c 'import MODULE' in the same directory"), |(said, hint)| (said, hint.trim()))
 }

@@ -23,6 +23,7 @@ use crate::{
     driver::{Peer, Token},
     handler::{BodySource, Request, Response},
     http1::Head,
+    identity::Origin,
     shard::engine::Reserved,
 };
 
@@ -47,6 +48,10 @@ pub struct Exchange {
     /// What the file takes of the quota.
     pub reserved: Option<Reserved>,
     pub peer: Peer,
+    /// What trusted proxies say about it.
+    pub origin: Option<Origin>,
+    /// When it was complete.
+    pub since: Micros,
     pub ticket: Arc<Ticket>,
     /// `None` until a handler has answered; stays so when it was withdrawn.
     pub response: Option<Response>,
@@ -64,6 +69,8 @@ impl Exchange {
             file_bytes: 0,
             reserved: None,
             peer: Peer::Unix,
+            origin: None,
+            since: 0,
             ticket: Arc::default(),
             response: None,
         }
@@ -74,7 +81,7 @@ impl Exchange {
             Some(file) => BodySource::File { file, length: self.file_bytes },
             None => BodySource::Memory(&self.body),
         };
-        Request { head: &self.head, bytes: &self.head_bytes, body, peer: self.peer, ticket: Some(&self.ticket) }
+        Request { head: &self.head, bytes: &self.head_bytes, body, peer: self.peer, origin: self.origin, ticket: Some(&self.ticket) }
     }
 }
 
@@ -107,6 +114,11 @@ impl Ticket {
     /// A handler takes the request. False: it was withdrawn and must not run.
     pub fn start(&self, now: Micros) -> bool {
         self.state.compare_exchange(WAITING, now.max(WITHDRAWN + 1), Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// The handler goes on with the request as if it had begun at `since`: its run limit counts from there.
+    pub fn restart(&self, since: Micros) {
+        self.state.store(since.max(WITHDRAWN + 1), Ordering::Release);
     }
 
     /// The ring thread takes the request back. False: a handler was faster.

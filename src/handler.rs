@@ -4,6 +4,7 @@
 
 use std::{
     borrow::Cow,
+    fmt::{self, Write},
     fs::File,
     io::{self, Read, Seek, SeekFrom},
     os::unix::fs::FileExt,
@@ -12,9 +13,15 @@ use std::{
 };
 
 use crate::{
+    config::Permit,
     driver::Peer,
     exchange::Ticket,
-    http1::{Head, Version},
+    http1::{
+        Head, Refusal, Version, is_forwarding,
+        response::{self, Made},
+    },
+    identity::{self, Origin},
+    stats::Stats,
     stream::{Credit, Stream, StreamWriter},
 };
 
@@ -58,6 +65,7 @@ pub struct Request<'a> {
     pub(crate) bytes: &'a [u8],
     pub(crate) body: BodySource<'a>,
     pub(crate) peer: Peer,
+    pub(crate) origin: Option<Origin>,
     pub(crate) ticket: Option<&'a Ticket>,
 }
 
@@ -115,14 +123,74 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// Who sent it.
+    /// Who sent it: the client, also when trusted proxies stand between (`--forwarded-allow-ips`, `--proxy-protocol`). Its
+    /// port is 0 where they did not say it.
     pub fn peer(&self) -> Peer {
         self.peer
+    }
+
+    /// How the client asked: `https` when a trusted proxy says so, else `http`. What the target says does not count: a
+    /// client that sends `GET https://a/` over a plain connection has no secure one (RFC 9110 section 7.4).
+    pub fn scheme(&self) -> &'static str {
+        if self.origin.and_then(|origin| origin.https) == Some(true) { "https" } else { "http" }
+    }
+
+    /// Whom it is for, without the port; an IPv6 address in its brackets. From a trusted proxy's word for it, else the Host
+    /// field, which agrees with the target. Empty: an HTTP/1.0 client did not say.
+    pub fn host(&self) -> &'a str {
+        identity::split_port(self.authority()).0
+    }
+
+    /// The port that the client asked for: a trusted proxy's word, else the one beside the host, else that of the scheme.
+    pub fn port(&self) -> u16 {
+        let forwarded = self.origin.and_then(|origin| origin.port);
+        let default = if self.scheme() == "https" { 443 } else { 80 };
+        forwarded.or(identity::split_port(self.authority()).1).unwrap_or(default)
+    }
+
+    /// `host` or `host:port`.
+    fn authority(&self) -> &'a str {
+        let forwarded = self.origin.and_then(|origin| origin.host);
+        forwarded.or(self.head.host).map_or("", |host| ascii(host.of(self.bytes)))
+    }
+
+    /// The header fields for environments in the manner of CGI (RFC 3875 section 4.1.18; PEP 3333), where a hyphen becomes
+    /// an underscore.
+    ///
+    /// So names with an underscore are left out, unless permitted: `X_Forwarded_For` would become what only a proxy should
+    /// write. Those of forwarding fields are left out even then. So is `Proxy`, which would become HTTP_PROXY, by which
+    /// programs are told their own proxy (CVE-2016-5385). Each is logged, and counted in `stats`.
+    pub fn cgi_headers(&self, permit: Permit, stats: &'a Stats) -> impl Iterator<Item = (CgiName<'a>, &'a [u8])> + use<'a> {
+        self.headers().filter(move |(name, _)| {
+            let danger = if name.contains('_') {
+                !permit.underscore_headers || is_forwarding(name.replace('_', "-").as_bytes())
+            } else {
+                name.eq_ignore_ascii_case("proxy")
+            };
+            if danger {
+                stats.names_dropped.add_shared(1);
+                tracing::info!(name, "left out of the environment: a client could pass it off as another; try: --permit underscore-headers");
+            }
+            !danger
+        })
+        .map(|(name, value)| (CgiName(name), value))
     }
 
     /// True once the client is known to be gone: nobody will read the answer.
     pub fn client_disconnected(&self) -> bool {
         self.ticket.is_some_and(Ticket::client_disconnected)
+    }
+}
+
+/// A field's name as CGI has it: `HTTP_ACCEPT`, `CONTENT_TYPE`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CgiName<'a>(&'a str);
+
+impl fmt::Display for CgiName<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let own = ["content-type", "content-length"].iter().any(|name| self.0.eq_ignore_ascii_case(name));
+        f.write_str(if own { "" } else { "HTTP_" })?;
+        self.0.chars().try_for_each(|letter| f.write_char(if letter == '-' { '_' } else { letter.to_ascii_uppercase() }))
     }
 }
 
@@ -203,7 +271,7 @@ pub struct Response {
     pub(crate) reason: Option<Cow<'static, str>>,
     /// Apart from the rest, so that the commonest answers need no list.
     pub(crate) content_type: Option<Cow<'static, str>>,
-    pub(crate) headers: Vec<(Cow<'static, str>, Cow<'static, [u8]>)>,
+    pub(crate) headers: Vec<response::Field>,
     pub(crate) body: Body,
 }
 
@@ -273,6 +341,29 @@ impl Response {
     pub fn body(mut self, body: impl Into<Body>) -> Response {
         self.body = body.into();
         self
+    }
+
+    /// The answer to a refused request: what was wrong, in a sentence.
+    pub(crate) fn refusal(refusal: Refusal) -> Response {
+        let response = Response::text(format!("{}\n", refusal.explain())).status(refusal.status());
+        // RFC 9110 section 15.5.6: a 405 lists what is allowed.
+        if refusal.status() == 405 { response.header("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS") } else { response }
+    }
+
+    /// The answer to a request that could not be served just now; asks to come back (RFC 9110 section 10.2.3).
+    pub(crate) fn unavailable(why: &'static str) -> Response {
+        Response::text(why).status(503).header("Retry-After", "1")
+    }
+
+    /// What its head is written from.
+    pub(crate) fn made(&self) -> Made<'_> {
+        Made {
+            status: self.status,
+            reason: self.reason.as_deref(),
+            content_type: self.content_type.as_deref(),
+            headers: &self.headers,
+            length: self.body.len(),
+        }
     }
 }
 
@@ -374,5 +465,101 @@ impl From<&'static str> for Response {
 impl From<String> for Response {
     fn from(text: String) -> Response {
         Response::text(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::http1::response::{Context, Fault, Framing, LAST_CHUNK, Preamble, write_chunk, write_head};
+
+    const PLAIN: Context = Context { version: Version::Http11, is_head: false, keep_alive: true };
+
+    /// The head without status line, Server and Date; and whether a body follows.
+    fn written(response: &Response, context: Context) -> Result<(String, Framing), Fault> {
+        let mut preamble = Preamble::new(Some("uringd"));
+        preamble.set_date(SystemTime::UNIX_EPOCH);
+        let mut out = Vec::new();
+        let body = write_head(&mut out, response.made(), context, &preamble)?;
+        let text = String::from_utf8(out).expect("ASCII");
+        Ok((text.replace("Server: uringd\r\nDate: Thu, 01 Jan 1970 00:00:00 GMT\r\n", ""), body))
+    }
+
+    #[test]
+    fn a_plain_answer_has_its_length_and_nothing_about_the_connection() {
+        let head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 2\r\n\r\n".to_owned();
+        assert_eq!(written(&Response::text("hi"), PLAIN), Ok((head, Framing::Length(2))));
+    }
+
+    #[test]
+    fn framing_and_hop_by_hop_fields_of_a_handler_do_not_reach_the_wire() {
+        let lying = Response::new(200).header("content-length", "99").header("Transfer-Encoding", "chunked");
+        let lying = lying.header("Connection", "upgrade").header("Keep-Alive", "1").header("X", "y").body("abc");
+        assert_eq!(written(&lying, PLAIN), Ok(("HTTP/1.1 200 OK\r\nX: y\r\nContent-Length: 3\r\n\r\n".into(), Framing::Length(3))));
+    }
+
+    #[test]
+    fn no_body_follows_head_204_and_304() {
+        let head = Context { is_head: true, ..PLAIN };
+        assert_eq!(written(&Response::new(200).body("abc"), head), Ok(("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n".into(), Framing::None)));
+        for (status, line) in [(204, "204 No Content"), (304, "304 Not Modified")] {
+            let response = Response::new(status).body("abc");
+            assert_eq!(written(&response, PLAIN), Ok((format!("HTTP/1.1 {line}\r\n\r\n"), Framing::None)));
+        }
+    }
+
+    #[test]
+    fn a_head_answer_may_tell_a_length_without_making_the_body() {
+        let response = Response::new(200).header("Content-Length", "1234");
+        let head = Context { is_head: true, ..PLAIN };
+        assert_eq!(written(&response, head), Ok(("HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n".into(), Framing::None)));
+    }
+
+    #[test]
+    fn a_field_that_would_split_the_response_is_a_fault() {
+        for value in ["a\r\nSet-Cookie: x", "a\nb", "a\0", "\u{7f}"] {
+            assert_eq!(written(&Response::new(200).header("X", value), PLAIN), Err(Fault::FieldValue));
+            assert_eq!(written(&Response::new(200).content_type(value), PLAIN), Err(Fault::FieldValue));
+            assert_eq!(written(&Response::new(200).reason(value), PLAIN), Err(Fault::FieldValue));
+        }
+        for name in ["", "a b", "a:", "a\r\n"] {
+            assert_eq!(written(&Response::new(200).header(name, "v"), PLAIN), Err(Fault::FieldName));
+        }
+        for status in [0, 100, 199, 600, 65_535] {
+            assert_eq!(written(&Response::new(status), PLAIN), Err(Fault::Status));
+        }
+    }
+
+    #[test]
+    fn the_end_of_the_connection_is_told_and_so_is_keeping_it_in_http_1_0() {
+        let close = Context { keep_alive: false, ..PLAIN };
+        assert!(written(&Response::new(200), close).is_ok_and(|w| w.0.contains("\r\nConnection: close\r\n")));
+        let old = Context { version: Version::Http10, ..PLAIN };
+        assert!(written(&Response::new(200), old).is_ok_and(|w| w.0.contains("\r\nConnection: keep-alive\r\n")));
+    }
+
+    #[test]
+    fn a_body_of_unknown_length_is_chunked_or_ends_with_the_connection() {
+        let response = || Response::new(200).body(Body::stream(|_| Ok(())));
+        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_owned();
+        assert_eq!(written(&response(), PLAIN), Ok((chunked, Framing::Chunked)));
+        let close = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n".to_owned();
+        assert_eq!(written(&response(), Context { version: Version::Http10, ..PLAIN }), Ok((close, Framing::Close)));
+    }
+
+    #[test]
+    fn an_empty_piece_is_not_the_end() {
+        let mut out = Vec::new();
+        ["", "a", "", "bcdefghijklmnopq"].iter().for_each(|piece| write_chunk(&mut out, piece.as_bytes()));
+        out.extend_from_slice(LAST_CHUNK);
+        assert_eq!(out, b"1\r\na\r\n10\r\nbcdefghijklmnopq\r\n0\r\n\r\n");
+    }
+
+    #[test]
+    fn a_handler_that_sets_server_or_date_is_heard_once() {
+        let (head, _) = written(&Response::new(200).header("server", "mine").header("DATE", "now"), PLAIN).expect("valid");
+        assert_eq!(head, "HTTP/1.1 200 OK\r\nserver: mine\r\nDATE: now\r\nContent-Length: 0\r\n\r\n");
     }
 }

@@ -33,6 +33,7 @@
 //! 6. A complete request is an `Exchange` (`exchange.rs`) and waits in its core's queue (`pool.rs`); or its handler
 //!    runs inline.
 //! 7. The handler (`handler.rs`) makes a `Response`; a streamed body follows in pieces (`stream.rs`).
+//!    A Python application's request goes to a worker process instead (`python/courier.rs`).
 //! 8. `http1/response.rs` writes the head, the engine makes one send per connection and turn.
 //! 9. Sent, the slot is back in `Head`; or the connection ends, politely (`slot.rs` draws it).
 //!
@@ -74,13 +75,17 @@ pub mod builtin;
 pub mod cli;
 pub mod config;
 pub mod disk;
+pub mod doctor;
 pub mod driver;
 pub mod error;
 pub mod exchange;
 pub mod handler;
 pub mod http1;
+pub mod identity;
 pub mod log;
 pub mod pool;
+pub mod python;
+pub mod proxy_protocol;
 pub mod server;
 pub mod shard;
 pub mod stats;
@@ -90,6 +95,7 @@ pub use crate::{
     config::Config,
     error::{Error, Result},
     handler::{Body, Handler, Request, RequestBody, Response, Runs},
+    python::PythonApp,
     server::{Running, Server},
     stream::StreamWriter,
 };

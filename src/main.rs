@@ -8,7 +8,8 @@ use uringd::{
     Config, Server,
     cli::{Options, Target, Usage},
     config::MEMORY_BASE_BYTES,
-    error::Error,
+    doctor,
+    error::{Error, split_hint},
 };
 
 const CONFIG_FILE: &str = "uringd.toml";
@@ -23,12 +24,24 @@ fn main() -> ExitCode {
         Ok(guard) => guard,
         Err(usage) => return fail(&usage, 2),
     };
+    if options.doctor {
+        return match options.config(std::env::var("PORT").ok().as_deref()) {
+            Ok(config) => examine(&config),
+            Err(usage) => fail(&usage, 2),
+        };
+    }
     match serve(&options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(usage)) => fail(&usage, 2),
         Err(Failure::Target(usage)) => fail(&usage, 1),
         Err(Failure::Server(error @ Error::DrainLimit { .. })) => fail(&error, 3),
-        Err(Failure::Server(error)) => fail(&error, 1),
+        Err(Failure::Server(error)) => {
+            if let Error::Application { told, .. } = &error {
+                // As Python shows it; what it ends with is what to try, and stands in our own line.
+                eprint!("{}", split_hint(told).0);
+            }
+            fail(&error, 1)
+        }
     }
 }
 
@@ -41,8 +54,12 @@ enum Failure {
 fn serve(options: &Options) -> Result<(), Failure> {
     let config = options.config(std::env::var("PORT").ok().as_deref()).map_err(Failure::Usage)?;
     let text = options.target.as_deref().unwrap_or("builtin:welcome");
-    let builtin = match Target::from_text(text).map_err(Failure::Target)? {
-        Target::Builtin(builtin) => builtin,
+    let concurrency = std::env::var("WEB_CONCURRENCY").ok();
+    let server = match Target::from_text(text).map_err(Failure::Target)? {
+        Target::Builtin(builtin) => Server::with_handler(builtin).target(builtin.name()),
+        Target::Python(app) => {
+            Server::with_python(options.python_app(&app, concurrency.as_deref()).map_err(Failure::Usage)?)
+        }
         Target::Unsupported(what) => {
             return Err(Failure::Target(Usage(format!(
                 "{text} looks like {what}, which this version cannot serve yet; try: builtin:welcome"
@@ -53,7 +70,7 @@ fn serve(options: &Options) -> Result<(), Failure> {
         print!("target = \"{text}\"\n{config}\n{}", memory(&config));
         return Ok(());
     }
-    Server::with_handler(builtin).target(builtin.name()).config(config).run().map_err(Failure::Server)
+    server.config(config).run().map_err(Failure::Server)
 }
 
 /// The memory ceiling, as comments of the configuration file.
@@ -68,6 +85,13 @@ fn memory(config: &Config) -> String {
         mib(core),
         mib(MEMORY_BASE_BYTES).trim(),
     )
+}
+
+/// What the doctor found, on standard output.
+fn examine(config: &Config) -> ExitCode {
+    let report = doctor::examine(config);
+    print!("{report}");
+    ExitCode::from(u8::from(report.has_problem()))
 }
 
 fn fail(error: &dyn std::error::Error, status: u8) -> ExitCode {

@@ -15,7 +15,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering, fence},
     },
     thread,
     time::{Duration, Instant},
@@ -57,9 +57,20 @@ impl Default for Clock {
     }
 }
 
-enum Job {
-    Run { exchange: Box<Exchange>, home: usize },
+pub(crate) enum Job {
+    Run(Errand),
     Stop,
+}
+
+/// A request on its way to whoever answers it.
+pub(crate) struct Errand {
+    pub exchange: Box<Exchange>,
+    /// The core that the answer goes to.
+    pub home: usize,
+    /// Its ticket says already that it runs: the process that had it is gone.
+    pub started: bool,
+    /// A process has died over it.
+    pub again: bool,
 }
 
 /// What comes home to a ring thread.
@@ -78,6 +89,7 @@ pub enum Answer {
 pub struct Pools {
     cores: Vec<Core>,
     handlers_per_core: usize,
+    queue_max: usize,
     /// How long a handler that streams waits for its client.
     send_wait_max: Duration,
     disk: Disk,
@@ -88,21 +100,29 @@ struct Core {
     jobs_taken: Receiver<Job>,
     answers: Sender<Answer>,
     answers_taken: Receiver<Answer>,
+    /// Wakes couriers, which look into the queue themselves; see [`Pools::errand_or`].
+    bells: Sender<()>,
+    bells_heard: Receiver<()>,
     /// Handlers that wait for a job.
     idle: AtomicUsize,
+    /// Handlers that could take one. A core without any gives its requests to others.
+    able: AtomicUsize,
     waker: OnceLock<Waker>,
 }
 
 impl Pools {
     pub fn new(cores: usize, config: &Config, disk: Disk) -> Arc<Pools> {
         let core = |_| {
-            let (jobs, jobs_taken) = bounded(config.limits.queue_max);
+            // The spare room is for requests that come back from a worker process that died; see `Pools::give_back`.
+            let (jobs, jobs_taken) = bounded(config.limits.queue_max + COMING_BACK);
             let (answers, answers_taken) = unbounded();
-            Core { jobs, jobs_taken, answers, answers_taken, idle: AtomicUsize::new(0), waker: OnceLock::new() }
+            let (bells, bells_heard) = bounded(BELLS);
+            Core { bells, bells_heard, jobs, jobs_taken, answers, answers_taken, idle: AtomicUsize::new(0), able: AtomicUsize::new(0), waker: OnceLock::new() }
         };
         Arc::new(Pools {
             cores: (0..cores).map(core).collect(),
             handlers_per_core: config.handlers,
+            queue_max: config.limits.queue_max,
             send_wait_max: config.timeouts.send,
             disk,
         })
@@ -111,6 +131,7 @@ impl Pools {
     /// Starts the handler threads. `place` says which CPU those of a core run on.
     pub fn start(self: &Arc<Pools>, handler: &Arc<dyn Handler>, stats: &[Arc<Stats>], clock: Clock, place: impl Fn(usize) -> Option<CoreId>) {
         for (core, stats) in stats.iter().enumerate() {
+            self.cores[core].able.fetch_add(self.handlers_per_core, Ordering::Relaxed);
             for index in 0..self.handlers_per_core {
                 let (pools, handler, stats, cpu) = (self.clone(), handler.clone(), stats.clone(), place(core));
                 let work = move || {
@@ -145,8 +166,8 @@ impl Pools {
 
     /// A handler thread's life.
     fn work(&self, core: usize, handler: &dyn Handler, stats: &Stats, clock: Clock) {
-        while let Job::Run { exchange, home } = self.take(core) {
-            self.serve(exchange, &self.cores[home], handler, stats, clock);
+        while let Job::Run(errand) = self.take(core) {
+            self.serve(errand.exchange, &self.cores[errand.home], handler, stats, clock);
         }
     }
 
@@ -177,9 +198,20 @@ impl Pools {
 
     /// The next job: of the own core, else of a neighbour whose handlers are all busy, else waits.
     fn take(&self, core: usize) -> Job {
-        let own = &self.cores[core];
-        if let Ok(job) = own.jobs_taken.try_recv() {
+        if let Some(job) = self.take_now(core) {
             return job;
+        }
+        let own = &self.cores[core];
+        own.idle.fetch_add(1, Ordering::Relaxed);
+        let job = own.jobs_taken.recv().unwrap_or(Job::Stop);
+        own.idle.fetch_sub(1, Ordering::Relaxed);
+        job
+    }
+
+    /// The next job without waiting.
+    fn take_now(&self, core: usize) -> Option<Job> {
+        if let Ok(job) = self.cores[core].jobs_taken.try_recv() {
+            return Some(job);
         }
         let neighbours = self.cores.iter().enumerate().filter(|(index, _)| *index != core);
         for (_, neighbour) in neighbours {
@@ -188,22 +220,160 @@ impl Pools {
                 && let Ok(job) = neighbour.jobs_taken.try_recv()
             {
                 match job {
-                    Job::Run { .. } => return job,
+                    Job::Run(_) => return Some(job),
                     Job::Stop => drop(neighbour.jobs.try_send(Job::Stop)),
                 }
             }
         }
-        own.idle.fetch_add(1, Ordering::Relaxed);
-        let job = own.jobs_taken.recv().unwrap_or(Job::Stop);
-        own.idle.fetch_sub(1, Ordering::Relaxed);
-        job
+        None
     }
 }
+
+/// What the couriers of worker processes (`python/courier.rs`) do instead of [`Pools::work`].
+impl Pools {
+    /// The next request without waiting.
+    pub(crate) fn errand_now(&self, core: usize) -> Option<Errand> {
+        match self.take_now(core)? {
+            Job::Run(errand) => Some(errand),
+            // Couriers are told apart, and a stop that was meant for a handler has nobody to find.
+            Job::Stop => None,
+        }
+    }
+
+    /// Another request of the core's own queue, for a batch that has begun.
+    pub(crate) fn another_errand(&self, core: usize) -> Option<Errand> {
+        match self.cores[core].jobs_taken.try_recv() {
+            Ok(Job::Run(errand)) => Some(errand),
+            Ok(Job::Stop) | Err(_) => None,
+        }
+    }
+
+    /// Waits until there may be a request, or for one of `orders`; the outer `None`: there may be one.
+    ///
+    /// Nobody waits on the queue itself, because the first request of many would end the wait, and on a CPU that is
+    /// shared with the ring thread it would travel alone. The bell is rung when all are there ([`Pools::ring`]).
+    pub(crate) fn errand_or<T>(&self, core: usize, orders: &Receiver<T>) -> Option<Option<T>> {
+        let own = &self.cores[core];
+        own.idle.fetch_add(1, Ordering::SeqCst);
+        // Either this look sees what was just put in, or `ring` sees that somebody waits.
+        fence(Ordering::SeqCst);
+        let found = if own.jobs_taken.is_empty() {
+            crossbeam_channel::select! {
+                recv(own.bells_heard) -> _ => None,
+                recv(orders) -> order => Some(order.ok()),
+            }
+        } else {
+            None
+        };
+        own.idle.fetch_sub(1, Ordering::SeqCst);
+        found
+    }
+
+    /// Wakes as many of those that wait for requests of a core as there are requests.
+    fn ring(&self, core: &Core) {
+        fence(Ordering::SeqCst);
+        let wanted = core.jobs_taken.len().min(core.idle.load(Ordering::SeqCst));
+        for _ in core.bells.len()..wanted {
+            // Full: more than enough are being woken.
+            let _ = core.bells.try_send(());
+        }
+    }
+
+    /// One more (or less, with -1) that can take requests of this core. The last one to leave sends those that wait to
+    /// other cores.
+    pub(crate) fn change_able(&self, core: usize, change: isize) {
+        let own = &self.cores[core];
+        let before = own.able.fetch_add(change.cast_unsigned(), Ordering::AcqRel);
+        if before.wrapping_add_signed(change) == 0 && self.cores.iter().any(|core| core.able.load(Ordering::Relaxed) > 0) {
+            for _ in 0..own.jobs_taken.len() {
+                if let Some(errand) = self.another_errand(core) {
+                    self.give_back(errand);
+                }
+            }
+        }
+    }
+
+    /// How many of the waiting requests somebody should take who has just taken one: those who wait get theirs.
+    pub(crate) fn share(&self, core: usize) -> usize {
+        let own = &self.cores[core];
+        own.jobs_taken.len() / (1 + own.idle.load(Ordering::Relaxed))
+    }
+
+    /// True when somebody waits for a request, on any core.
+    pub(crate) fn is_anyone_idle(&self) -> bool {
+        self.cores.iter().any(|core| core.idle.load(Ordering::Relaxed) > core.jobs_taken.len())
+    }
+
+    /// Puts a request that was taken and not begun (or is to be tried again) back into a queue. It was let in once, so
+    /// it finds the queue's spare room when the queue itself is full.
+    pub(crate) fn give_back(&self, errand: Errand) {
+        let home = errand.home;
+        let core = self.least_busy(home);
+        let put = core.jobs.try_send(Job::Run(errand));
+        self.ring(core);
+        if let Err(TrySendError::Full(Job::Run(mut errand)) | TrySendError::Disconnected(Job::Run(mut errand))) = put {
+            // Many workers died at once under full queues.
+            if errand.started || errand.exchange.ticket.withdraw() {
+                errand.exchange.response = Some(crate::handler::Response::unavailable("The server is busy.\n"));
+            }
+            self.send_home(&mut vec![(home, Answer::Response(errand.exchange))]);
+        }
+    }
+
+    /// Hands answers over, with one ring of the doorbell for each core. Leaves the list empty.
+    pub(crate) fn send_home(&self, answers: &mut Vec<(usize, Answer)>) {
+        // One bit for each core; those beyond are woken for each answer, which is only slower.
+        let mut wanted = 0_u128;
+        for (home, answer) in answers.drain(..) {
+            // The receiver lives as long as `self`.
+            let _ = self.cores[home].answers.send(answer);
+            match 1_u128.checked_shl(home as u32) {
+                Some(bit) => wanted |= bit,
+                None => self.cores[home].wake(),
+            }
+        }
+        while wanted != 0 {
+            self.cores[wanted.trailing_zeros() as usize].wake();
+            wanted &= wanted - 1;
+        }
+    }
+
+    pub(crate) fn send_wait_max(&self) -> Duration {
+        self.send_wait_max
+    }
+
+    /// Where a request of this core waits: in its own queue, unless a neighbour has somebody free for it.
+    fn least_busy(&self, core: usize) -> &Core {
+        let own = &self.cores[core];
+        let free = |core: &Core| core.idle.load(Ordering::Relaxed) > core.jobs_taken.len();
+        if self.cores.len() == 1 || own.idle.load(Ordering::Relaxed) > 0 {
+            return own;
+        }
+        if own.able.load(Ordering::Relaxed) == 0 {
+            let able = self.cores.iter().filter(|core| core.able.load(Ordering::Relaxed) > 0);
+            return able.min_by_key(|core| core.jobs_taken.len()).unwrap_or(own);
+        }
+        if own.jobs_taken.is_empty() && self.handlers_per_core > 0 {
+            return own;
+        }
+        self.cores.iter().find(|core| free(core)).unwrap_or(own)
+    }
+}
+
+/// Room in each queue beyond its limit for requests that come back. More than the couriers of a core can hold, unless
+/// it has dozens of them.
+const COMING_BACK: usize = 1024;
+/// Couriers of one core that can be woken at a time.
+const BELLS: usize = 64;
 
 impl Core {
     fn send(&self, answer: Answer) {
         // The receiver lives as long as `self`.
         let _ = self.answers.send(answer);
+        self.wake();
+    }
+
+    fn wake(&self) {
         self.waker.get().expect("set before the first job").wake();
     }
 }
@@ -222,14 +392,25 @@ impl Desk {
     /// # Errors
     /// Gives the request back when the queue is full.
     pub fn offer(&self, exchange: Box<Exchange>) -> Result<(), Box<Exchange>> {
-        let job = Job::Run { exchange, home: self.core };
-        let core = self.least_busy();
-        core.jobs.try_send(job).map_err(|error| match error {
+        let core = self.pools.least_busy(self.core);
+        if core.jobs_taken.len() >= self.pools.queue_max {
+            return Err(exchange);
+        }
+        let errand = Errand { exchange, home: self.core, started: false, again: false };
+        core.jobs.try_send(Job::Run(errand)).map_err(|error| match error {
             TrySendError::Full(job) | TrySendError::Disconnected(job) => match job {
-                Job::Run { exchange, .. } => exchange,
+                Job::Run(errand) => errand.exchange,
                 Job::Stop => unreachable!("this was a request"),
             },
         })
+    }
+
+    /// Wakes those who wait for what was offered. Call it once after all offers of a turn.
+    pub fn ring(&self) {
+        if self.pools.handlers_per_core == 0 {
+            // What was offered may wait in any core's queue.
+            self.pools.cores.iter().filter(|core| !core.jobs_taken.is_empty()).for_each(|core| self.pools.ring(core));
+        }
     }
 
     /// Gives the disk something to do; its outcome comes as an answer.
@@ -244,14 +425,5 @@ impl Desk {
 
     pub fn has_answer(&self) -> bool {
         !self.answers.is_empty()
-    }
-
-    fn least_busy(&self) -> &Core {
-        let own = &self.pools.cores[self.core];
-        let free = |core: &Core| core.idle.load(Ordering::Relaxed) > core.jobs_taken.len();
-        if self.pools.cores.len() == 1 || own.idle.load(Ordering::Relaxed) > 0 || own.jobs_taken.is_empty() {
-            return own;
-        }
-        self.pools.cores.iter().find(|core| free(core)).unwrap_or(own)
     }
 }

@@ -57,6 +57,12 @@ pub struct Stats {
     pub body_memory_full: Counter,
     pub spool_full: Counter,
     pub spool_errors: Counter,
+    /// Fields by which somebody untrusted named the client, taken from requests.
+    pub forwarding_removed: Counter,
+    /// Fields left out of CGI-style environments (counted on handler threads).
+    pub names_dropped: Counter,
+    /// Connections closed because they did not begin with a PROXY protocol header, or not from where one is expected.
+    pub proxy_refused: Counter,
     /// Connections closed at once because their client has as many as it may.
     pub ip_limited: Counter,
     /// Connections reset because the peer did not read its answer.

@@ -42,6 +42,7 @@ pub use self::{
     body::Framing,
     connection::{Connection, Event},
     error::Refusal,
-    request::{Field, Head, Span, Version},
+    request::{Field, Head, Span, Version, is_forwarding},
     state::Phase,
 };
+pub(crate) use self::target::is_host;

@@ -42,6 +42,9 @@ pub struct Head {
     pub keep_alive: bool,
     /// The client waits for `100 Continue` before it sends its body.
     pub expect_continue: bool,
+    /// There is a field by which proxies name the client: `Forwarded`, `X-Forwarded-` something, `X-Real-IP`. Whether
+    /// to believe it is for `identity.rs` to say.
+    pub forwarding: bool,
     /// The method is HEAD, so the answer has no content.
     pub is_head: bool,
     /// Length of the head, in bytes, everything included.
@@ -109,6 +112,7 @@ impl Span {
 /// Parses a head at the beginning of `input`; returns its length, or `None` when it is not complete.
 ///
 /// The refusals are exact only for input that the scan of `scan.rs` has accepted.
+#[inline(always)]
 pub(super) fn parse(input: &[u8], head: &mut Head, limits: &Limits, permit: Permit) -> Result<Option<usize>, Refusal> {
     let input = &input[..input.len().min(limits.head_bytes_max).min(u32::MAX as usize)];
     let mut few = [const { MaybeUninit::uninit() }; FIELDS_ON_STACK];
@@ -125,6 +129,10 @@ pub(super) fn parse(input: &[u8], head: &mut Head, limits: &Limits, permit: Perm
 /// Fields that a head may have without an allocation. 128 of them take 4 KiB.
 const FIELDS_ON_STACK: usize = 128;
 
+/// In a head with more fields than this, all are looked at twice.
+const MARKS: usize = u64::BITS as usize;
+
+#[inline(never)]
 fn parse_into<'a>(
     room: &mut [MaybeUninit<httparse::Header<'a>>],
     input: &'a [u8],
@@ -169,6 +177,7 @@ fn parse_into<'a>(
     let authority = parts.authority.map(|authority| authority.moved_by(head.target.start));
     head.host = meaning.host(authority, version, input, permit)?;
     head.framing = meaning.framing(version, input, limits)?;
+    head.forwarding = meaning.forwarding;
     head.keep_alive = match version {
         Version::Http11 => !meaning.close,
         Version::Http10 => meaning.keep_alive && !meaning.close,
@@ -182,6 +191,10 @@ fn parse_into<'a>(
 ///
 /// "a recipient MAY recognize a single LF as a line terminator and ignore any preceding CR" (RFC 9112 section 2.2).
 /// We do not: where two readers differ about the end of a line, requests are smuggled.
+///
+/// This loop is what parsing costs above `httparse`: some thirty instructions a field (benches/README.md).
+// Inlined: what it returns is large.
+#[inline(always)]
 fn read_fields(
     head: &[u8],
     request_line_start: usize,
@@ -193,35 +206,57 @@ fn read_fields(
     let end = head.len() - 2;
     let first = headers.first().map_or(end, |first| first.name.as_ptr() as usize - base);
     let mut all_crlf = head[first - 2] == b'\r' && head[end - 2] == b'\r' && head[end] == b'\r';
-    let mut longest = 0;
-    let mut line = first;
-    let mut meaning = Meaning::default();
     // Not cleared and pushed to: a warm list has its length already.
     fields.resize(headers.len(), Field::default());
-    for (field, header) in fields.iter_mut().zip(headers) {
-        let name = Span::within(base, header.name.as_bytes());
-        let value = Span::within(base, header.value);
-        *field = Field { name, value };
-        let next = name.start as usize;
-        all_crlf &= head[next - 2] == b'\r';
-        longest = longest.max(next - line);
-        line = next;
-        if may_be_known(header.name.as_bytes()) {
-            meaning.note(header.name.as_bytes(), value, header.value)?;
+    let (mut marks, other) = note_places(head, headers, fields);
+    all_crlf &= other == 0;
+    let mut meaning = Meaning::default();
+    if headers.len() <= MARKS {
+        while marks != 0 {
+            let highest = marks.ilog2();
+            marks ^= 1 << highest;
+            meaning.note(&headers[headers.len() - 1 - highest as usize], base)?;
         }
+    } else {
+        headers.iter().try_for_each(|header| meaning.note(header, base))?;
     }
-    longest = longest.max(end - line);
     if !all_crlf {
         return Err(Refusal::BareLf);
     }
     if first - 2 - request_line_start > limits.request_line_bytes_max {
         return Err(Refusal::RequestLineTooLong);
     }
-    if longest.saturating_sub(2) > limits.field_bytes_max {
-        Err(Refusal::FieldTooLong)
-    } else {
-        Ok(meaning)
+    // In a head that is shorter than any field may be, none is too long.
+    if head.len() > limits.field_bytes_max && longest_line(fields, end) > limits.field_bytes_max {
+        return Err(Refusal::FieldTooLong);
     }
+    Ok(meaning)
+}
+
+/// Writes down where the fields are. Returns a bit for each of the last [`MARKS`] of them, set when its name needs a second
+/// look, the last field's being the lowest; and 0 when each begins after CR and another byte.
+// Not inlined, so that it has all registers for itself.
+#[inline(never)]
+fn note_places(head: &[u8], headers: &[httparse::Header<'_>], fields: &mut [Field]) -> (u64, u8) {
+    let base = head.as_ptr() as usize;
+    let mut marks: u64 = 0;
+    let mut other = 0;
+    for (field, header) in fields.iter_mut().zip(headers) {
+        let start = header.name.as_ptr() as usize - base;
+        let name = Span::new(start, start + header.name.len());
+        let value = Span::within(base, header.value);
+        *field = Field { name, value };
+        other |= head[start - 2] ^ b'\r';
+        marks = marks << 1 | u64::from(may_be_known(header.name.len(), head[start]));
+    }
+    (marks, other)
+}
+
+/// Length of the longest field, without its CRLF; the last of them ends at `end`.
+fn longest_line(fields: &[Field], end: usize) -> usize {
+    let starts = fields.iter().map(|field| field.name.start as usize);
+    let ends = starts.clone().skip(1).chain([end]);
+    starts.zip(ends).map(|(start, end)| end - start - 2).max().unwrap_or(0)
 }
 
 /// "The method token is case-sensitive" (RFC 9110 section 9.1), so `get` is not GET. It is no method that anybody
@@ -255,85 +290,142 @@ struct Meaning {
     keep_alive: bool,
     expect_continue: bool,
     expect_other: bool,
-    /// One bit for each name in [`SINGLE`].
+    forwarding: bool,
+    /// One bit for each [`Single`].
     single: u16,
 }
 
-/// Names that are allowed once, because who asks, what is sent or what is answered depends on them, and of two
+/// Fields that are allowed once, because who asks, what is sent or what is answered depends on them, and of two
 /// values one server takes the first and the next one the last. The framing fields and Host have reasons of their
 /// own. Others of a single value (User-Agent, Referer, From) are repeated by real clients, and nothing hangs on them.
-const SINGLE: [&[u8]; 9] = [
-    b"authorization",
-    b"content-range",
-    b"content-type",
-    b"if-modified-since",
-    b"if-range",
-    b"if-unmodified-since",
-    b"max-forwards",
-    b"proxy-authorization",
-    b"range",
-];
+#[derive(Clone, Copy)]
+enum Single {
+    Authorization,
+    ContentRange,
+    ContentType,
+    IfModifiedSince,
+    IfRange,
+    IfUnmodifiedSince,
+    MaxForwards,
+    ProxyAuthorization,
+    Range,
+}
+
+/// Whether this is a field by which a proxy names the client: RFC 7239's, or one of the `X-` fields before it.
+pub fn is_forwarding(name: &[u8]) -> bool {
+    const PREFIX: &[u8; 12] = b"x-forwarded-";
+    let forwarded = name.first_chunk::<12>().is_some_and(|start| is(start, PREFIX));
+    forwarded || is(name, b"forwarded") || is(name, b"x-real-ip")
+}
 
 /// For each length, the first letters of the names that [`Meaning::note`] knows, as bits.
 static KNOWN: [u32; 32] = {
-    let mut known = [0; 32];
-    let others: [&[u8]; 5] = [
+    let names: [&[u8]; 16] = [
+        b"authorization",
         b"connection",
         b"content-length",
+        b"content-range",
+        b"content-type",
         b"expect",
+        b"forwarded",
         b"host",
+        b"if-modified-since",
+        b"if-range",
+        b"if-unmodified-since",
+        b"max-forwards",
+        b"proxy-authorization",
+        b"range",
         b"transfer-encoding",
+        b"x-real-ip",
     ];
+    let mut known = [0; 32];
     let mut index = 0;
-    while index < SINGLE.len() + others.len() {
-        let name = if index < SINGLE.len() {
-            SINGLE[index]
-        } else {
-            others[index - SINGLE.len()]
-        };
-        known[name.len()] |= 1 << (name[0] & 31);
+    while index < names.len() {
+        known[names[index].len()] |= 1 << (names[index][0] & 31);
         index += 1;
+    }
+    // X-Forwarded-Anything, of any length: the index is a length's low five bits, and names may have more.
+    let mut length = 0;
+    while length < known.len() {
+        known[length] |= 1 << (b'x' & 31);
+        length += 1;
     }
     known
 };
 
 /// False for most names, which need no second look. The low five bits of a letter are the same in both cases.
-fn may_be_known(name: &[u8]) -> bool {
-    name.first()
-        .is_some_and(|first| KNOWN[name.len() & 31] >> (first & 31) & 1 == 1)
+#[inline(always)]
+fn may_be_known(length: usize, first: u8) -> bool {
+    KNOWN[length & 31] >> (first & 31) & 1 == 1
+}
+
+/// Compares a field's name with one in small letters. Bit 5 is what tells the cases of a letter apart; of the bytes
+/// that a name may have, no other becomes a letter or a hyphen when it is set.
+///
+/// Eight bytes at a time, the last eight overlapping those before: two or three comparisons for any name here.
+#[inline(always)]
+fn is<const LENGTH: usize>(name: &[u8], known: &[u8; LENGTH]) -> bool {
+    let Ok(name) = <&[u8; LENGTH]>::try_from(name) else {
+        return false;
+    };
+    let same_at = |at: usize| word(name, at) == word(known, at);
+    match LENGTH {
+        4..=7 => half_word(name, 0) == half_word(known, 0) && half_word(name, LENGTH - 4) == half_word(known, LENGTH - 4),
+        8..=16 => same_at(0) && same_at(LENGTH - 8),
+        17..=24 => same_at(0) && same_at(8) && same_at(LENGTH - 8),
+        _ => name.eq_ignore_ascii_case(known),
+    }
+}
+
+#[inline(always)]
+fn word(bytes: &[u8], at: usize) -> u64 {
+    bytes[at..].first_chunk().map_or(0, |word| u64::from_ne_bytes(*word) | 0x2020_2020_2020_2020)
+}
+
+#[inline(always)]
+fn half_word(bytes: &[u8], at: usize) -> u32 {
+    bytes[at..].first_chunk().map_or(0, |word| u32::from_ne_bytes(*word) | 0x2020_2020)
 }
 
 impl Meaning {
     /// Names with an underscore never get here by another name: only `-` is `-` (RFC 9110 section 5.1).
-    // Not inlined, since it would take the registers that the loop around it needs.
-    #[inline(never)]
-    fn note(&mut self, name: &[u8], at: Span, value: &[u8]) -> Result<(), Refusal> {
-        let is = |known: &[u8]| name.eq_ignore_ascii_case(known);
+    fn note(&mut self, header: &httparse::Header<'_>, base: usize) -> Result<(), Refusal> {
+        let (name, value) = (header.name.as_bytes(), header.value);
+        let at = Span::within(base, value);
         match name.len() {
-            4 if is(b"host") => once(&mut self.host, at, Refusal::HostRepeated),
-            6 if is(b"expect") => {
-                self.note_expect(value);
-                Ok(())
-            }
-            10 if is(b"connection") => {
-                self.note_connection(value);
-                Ok(())
-            }
-            14 if is(b"content-length") => once(&mut self.length, at, Refusal::ContentLengthRepeated),
-            17 if is(b"transfer-encoding") => once(&mut self.coding, at, Refusal::TransferEncodingRepeated),
-            _ => match SINGLE.iter().position(|known| is(known)) {
-                Some(index) if self.single & 1 << index != 0 => Err(Refusal::FieldRepeated),
-                Some(index) => {
-                    self.single |= 1 << index;
-                    Ok(())
-                }
-                None => Ok(()),
-            },
+            4 if is(name, b"host") => return once(&mut self.host, at, Refusal::HostRepeated),
+            5 if is(name, b"range") => return self.note_single(Single::Range),
+            6 if is(name, b"expect") => self.note_expect(value),
+            8 if is(name, b"if-range") => return self.note_single(Single::IfRange),
+            9 => self.forwarding |= is(name, b"forwarded") || is(name, b"x-real-ip"),
+            10 if is(name, b"connection") => self.note_connection(value),
+            12 if is(name, b"content-type") => return self.note_single(Single::ContentType),
+            12 if is(name, b"max-forwards") => return self.note_single(Single::MaxForwards),
+            13 if is(name, b"authorization") => return self.note_single(Single::Authorization),
+            13 if is(name, b"content-range") => return self.note_single(Single::ContentRange),
+            14 if is(name, b"content-length") => return once(&mut self.length, at, Refusal::ContentLengthRepeated),
+            17 if is(name, b"transfer-encoding") => return once(&mut self.coding, at, Refusal::TransferEncodingRepeated),
+            17 if is(name, b"if-modified-since") => return self.note_single(Single::IfModifiedSince),
+            19 if is(name, b"if-unmodified-since") => return self.note_single(Single::IfUnmodifiedSince),
+            19 if is(name, b"proxy-authorization") => return self.note_single(Single::ProxyAuthorization),
+            _ => self.forwarding |= is_forwarding(name),
         }
+        Ok(())
+    }
+
+    fn note_single(&mut self, field: Single) -> Result<(), Refusal> {
+        let bit = 1 << field as u16;
+        let before = self.single;
+        self.single |= bit;
+        if before & bit == 0 { Ok(()) } else { Err(Refusal::FieldRepeated) }
     }
 
     /// `Connection = #connection-option`, compared whole and without regard to case (RFC 9110 section 7.6.1).
     fn note_connection(&mut self, value: &[u8]) {
+        if value == b"keep-alive" {
+            self.keep_alive = true;
+            return;
+        }
         for option in value.split(|byte| *byte == b',') {
             let option = trim_ows(option);
             self.close |= option.eq_ignore_ascii_case(b"close");

@@ -5,10 +5,9 @@
 //! server decides about the connection. A field that could end its line early is an error of the
 //! handler's and becomes a 500.
 
-use std::time::SystemTime;
+use std::{borrow::Cow, fmt::Write, time::SystemTime};
 
-use super::{Refusal, Version};
-use crate::handler::{Body, Response};
+use super::Version;
 
 /// What the head depends on besides the response.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +17,19 @@ pub struct Context {
     pub is_head: bool,
     pub keep_alive: bool,
 }
+
+/// A response's head as its handler made it, and the length of its body; `None`: only its end will tell.
+#[derive(Clone, Copy, Debug)]
+pub struct Made<'a> {
+    pub status: u16,
+    pub reason: Option<&'a str>,
+    pub content_type: Option<&'a str>,
+    pub headers: &'a [Field],
+    pub length: Option<u64>,
+}
+
+/// A header field: name and value.
+pub type Field = (Cow<'static, str>, Cow<'static, [u8]>);
 
 /// The handler's fault: its answer cannot be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +67,9 @@ impl Preamble {
 
     /// Call it once a second (RFC 9110 section 6.6.1; the form is IMF-fixdate).
     pub fn set_date(&mut self, now: SystemTime) {
-        self.date = httpdate::fmt_http_date(now);
+        // Into the text that is there: this is done every second for as long as the server runs.
+        self.date.clear();
+        let _ = write!(self.date, "{}", httpdate::HttpDate::from(now));
         self.both.clear();
         if let Some(server) = &self.server {
             field(&mut self.both, "Server", server.as_bytes());
@@ -64,7 +78,7 @@ impl Preamble {
     }
 
     /// Leaves out what the handler has set itself.
-    fn write_except(&self, out: &mut Vec<u8>, response: &Response) {
+    fn write_except(&self, out: &mut Vec<u8>, response: Made<'_>) {
         let set = |name: &str| response.headers.iter().any(|field| field.0.eq_ignore_ascii_case(name));
         if let Some(server) = self.server.as_ref().filter(|_| !set("Server")) {
             field(out, "Server", server.as_bytes());
@@ -90,7 +104,7 @@ pub enum Framing {
 ///
 /// # Errors
 /// [`Fault`]; then nothing was appended.
-pub fn write_head(out: &mut Vec<u8>, response: &Response, context: Context, preamble: &Preamble) -> Result<Framing, Fault> {
+pub fn write_head(out: &mut Vec<u8>, response: Made<'_>, context: Context, preamble: &Preamble) -> Result<Framing, Fault> {
     check(response)?;
     status_line(out, response);
     if response.headers.is_empty() {
@@ -98,7 +112,7 @@ pub fn write_head(out: &mut Vec<u8>, response: &Response, context: Context, prea
     } else {
         preamble.write_except(out, response);
     }
-    if let Some(content_type) = &response.content_type {
+    if let Some(content_type) = response.content_type {
         field(out, "Content-Type", content_type.as_bytes());
     }
     for (name, value) in response.headers.iter().filter(|field| !is_ours(&field.0)) {
@@ -107,7 +121,7 @@ pub fn write_head(out: &mut Vec<u8>, response: &Response, context: Context, prea
     let framing = framing(response, context);
     // RFC 9110 section 8.6: no Content-Length with 204; 304 has no body but may tell what its length would be.
     if !matches!(response.status, 204 | 304) {
-        match (framing, response.body.len()) {
+        match (framing, response.length) {
             (Framing::Chunked, _) => field(out, "Transfer-Encoding", b"chunked"),
             (_, Some(length)) => content_length(out, response, length, context.is_head),
             (_, None) => {}
@@ -123,8 +137,8 @@ pub fn write_head(out: &mut Vec<u8>, response: &Response, context: Context, prea
     Ok(framing)
 }
 
-fn framing(response: &Response, context: Context) -> Framing {
-    match response.body.len() {
+fn framing(response: Made<'_>, context: Context) -> Framing {
+    match response.length {
         _ if context.is_head || matches!(response.status, 204 | 304) => Framing::None,
         Some(0) => Framing::None,
         Some(length) => Framing::Length(length),
@@ -146,22 +160,10 @@ pub fn write_chunk(out: &mut Vec<u8>, piece: &[u8]) {
 pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 
 /// True when the handler asked for the end of the connection.
-pub fn wants_close(response: &Response) -> bool {
+pub fn wants_close(response: Made<'_>) -> bool {
     let is_close = |token: &[u8]| token.trim_ascii().eq_ignore_ascii_case(b"close");
     let mut connection = response.headers.iter().filter(|field| field.0.eq_ignore_ascii_case("Connection"));
     connection.any(|field| field.1.split(|&byte| byte == b',').any(is_close))
-}
-
-/// The answer to a refused request: what was wrong, in a sentence.
-pub fn refusal(refusal: Refusal) -> Response {
-    let response = Response::text(format!("{}\n", refusal.explain())).status(refusal.status());
-    // RFC 9110 section 15.5.6: a 405 lists what is allowed.
-    if refusal.status() == 405 { response.header("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS") } else { response }
-}
-
-/// The answer to a request that could not be served just now; asks to come back (RFC 9110 section 10.2.3).
-pub fn unavailable(why: &'static str) -> Response {
-    Response::text(why).status(503).header("Retry-After", "1")
 }
 
 /// The registered words for a status (RFC 9110 section 15 and the IANA registry).
@@ -221,7 +223,7 @@ pub fn reason_phrase(status: u16) -> &'static str {
     }
 }
 
-fn check(response: &Response) -> Result<(), Fault> {
+fn check(response: Made<'_>) -> Result<(), Fault> {
     if !(200..600).contains(&response.status) {
         return Err(Fault::Status);
     }
@@ -229,7 +231,7 @@ fn check(response: &Response) -> Result<(), Fault> {
     if !texts.map(|text| text.as_bytes()).all(is_field_value) {
         return Err(Fault::FieldValue);
     }
-    for (name, value) in &response.headers {
+    for (name, value) in response.headers {
         if name.is_empty() || !name.bytes().all(is_token) {
             return Err(Fault::FieldName);
         }
@@ -267,24 +269,24 @@ fn is_ours(name: &str) -> bool {
     OURS.iter().any(|ours| ours.eq_ignore_ascii_case(name))
 }
 
-fn status_line(out: &mut Vec<u8>, response: &Response) {
-    match (response.status, &response.reason) {
+fn status_line(out: &mut Vec<u8>, response: Made<'_>) {
+    match (response.status, response.reason) {
         (200, None) => out.extend_from_slice(b"HTTP/1.1 200 OK\r\n"),
         (status, reason) => {
             out.extend_from_slice(b"HTTP/1.1 ");
             out.extend_from_slice(itoa::Buffer::new().format(status).as_bytes());
             out.push(b' ');
-            out.extend_from_slice(reason.as_deref().unwrap_or(reason_phrase(status)).as_bytes());
+            out.extend_from_slice(reason.unwrap_or(reason_phrase(status)).as_bytes());
             out.extend_from_slice(b"\r\n");
         }
     }
 }
 
-fn content_length(out: &mut Vec<u8>, response: &Response, length: u64, is_head: bool) {
+fn content_length(out: &mut Vec<u8>, response: Made<'_>, length: u64, is_head: bool) {
     // A handler may answer HEAD without making the body, and say how long it would have been.
     let told = response.headers.iter().find(|field| field.0.eq_ignore_ascii_case("Content-Length"));
-    match (told, &response.body) {
-        (Some((_, value)), Body::Empty) if is_head && !value.is_empty() && value.iter().all(u8::is_ascii_digit) => {
+    match (told, length) {
+        (Some((_, value)), 0) if is_head && !value.is_empty() && value.iter().all(u8::is_ascii_digit) => {
             field(out, "Content-Length", value);
         }
         _ => field(out, "Content-Length", itoa::Buffer::new().format(length).as_bytes()),
@@ -296,97 +298,4 @@ fn field(out: &mut Vec<u8>, name: &str, value: &[u8]) {
     out.extend_from_slice(b": ");
     out.extend_from_slice(value);
     out.extend_from_slice(b"\r\n");
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PLAIN: Context = Context { version: Version::Http11, is_head: false, keep_alive: true };
-
-    /// The head without status line, Server and Date; and whether a body follows.
-    fn written(response: &Response, context: Context) -> Result<(String, Framing), Fault> {
-        let mut preamble = Preamble::new(Some("uringd"));
-        preamble.set_date(SystemTime::UNIX_EPOCH);
-        let mut out = Vec::new();
-        let body = write_head(&mut out, response, context, &preamble)?;
-        let text = String::from_utf8(out).expect("ASCII");
-        Ok((text.replace("Server: uringd\r\nDate: Thu, 01 Jan 1970 00:00:00 GMT\r\n", ""), body))
-    }
-
-    #[test]
-    fn a_plain_answer_has_its_length_and_nothing_about_the_connection() {
-        let head = "HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 2\r\n\r\n".to_owned();
-        assert_eq!(written(&Response::text("hi"), PLAIN), Ok((head, Framing::Length(2))));
-    }
-
-    #[test]
-    fn framing_and_hop_by_hop_fields_of_a_handler_do_not_reach_the_wire() {
-        let lying = Response::new(200).header("content-length", "99").header("Transfer-Encoding", "chunked");
-        let lying = lying.header("Connection", "upgrade").header("Keep-Alive", "1").header("X", "y").body("abc");
-        assert_eq!(written(&lying, PLAIN), Ok(("HTTP/1.1 200 OK\r\nX: y\r\nContent-Length: 3\r\n\r\n".into(), Framing::Length(3))));
-    }
-
-    #[test]
-    fn no_body_follows_head_204_and_304() {
-        let head = Context { is_head: true, ..PLAIN };
-        assert_eq!(written(&Response::new(200).body("abc"), head), Ok(("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n".into(), Framing::None)));
-        for (status, line) in [(204, "204 No Content"), (304, "304 Not Modified")] {
-            let response = Response::new(status).body("abc");
-            assert_eq!(written(&response, PLAIN), Ok((format!("HTTP/1.1 {line}\r\n\r\n"), Framing::None)));
-        }
-    }
-
-    #[test]
-    fn a_head_answer_may_tell_a_length_without_making_the_body() {
-        let response = Response::new(200).header("Content-Length", "1234");
-        let head = Context { is_head: true, ..PLAIN };
-        assert_eq!(written(&response, head), Ok(("HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n".into(), Framing::None)));
-    }
-
-    #[test]
-    fn a_field_that_would_split_the_response_is_a_fault() {
-        for value in ["a\r\nSet-Cookie: x", "a\nb", "a\0", "\u{7f}"] {
-            assert_eq!(written(&Response::new(200).header("X", value), PLAIN), Err(Fault::FieldValue));
-            assert_eq!(written(&Response::new(200).content_type(value), PLAIN), Err(Fault::FieldValue));
-            assert_eq!(written(&Response::new(200).reason(value), PLAIN), Err(Fault::FieldValue));
-        }
-        for name in ["", "a b", "a:", "a\r\n"] {
-            assert_eq!(written(&Response::new(200).header(name, "v"), PLAIN), Err(Fault::FieldName));
-        }
-        for status in [0, 100, 199, 600, 65_535] {
-            assert_eq!(written(&Response::new(status), PLAIN), Err(Fault::Status));
-        }
-    }
-
-    #[test]
-    fn the_end_of_the_connection_is_told_and_so_is_keeping_it_in_http_1_0() {
-        let close = Context { keep_alive: false, ..PLAIN };
-        assert!(written(&Response::new(200), close).is_ok_and(|w| w.0.contains("\r\nConnection: close\r\n")));
-        let old = Context { version: Version::Http10, ..PLAIN };
-        assert!(written(&Response::new(200), old).is_ok_and(|w| w.0.contains("\r\nConnection: keep-alive\r\n")));
-    }
-
-    #[test]
-    fn a_body_of_unknown_length_is_chunked_or_ends_with_the_connection() {
-        let response = || Response::new(200).body(Body::stream(|_| Ok(())));
-        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_owned();
-        assert_eq!(written(&response(), PLAIN), Ok((chunked, Framing::Chunked)));
-        let close = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n".to_owned();
-        assert_eq!(written(&response(), Context { version: Version::Http10, ..PLAIN }), Ok((close, Framing::Close)));
-    }
-
-    #[test]
-    fn an_empty_piece_is_not_the_end() {
-        let mut out = Vec::new();
-        ["", "a", "", "bcdefghijklmnopq"].iter().for_each(|piece| write_chunk(&mut out, piece.as_bytes()));
-        out.extend_from_slice(LAST_CHUNK);
-        assert_eq!(out, b"1\r\na\r\n10\r\nbcdefghijklmnopq\r\n0\r\n\r\n");
-    }
-
-    #[test]
-    fn a_handler_that_sets_server_or_date_is_heard_once() {
-        let (head, _) = written(&Response::new(200).header("server", "mine").header("DATE", "now"), PLAIN).expect("valid");
-        assert_eq!(head, "HTTP/1.1 200 OK\r\nserver: mine\r\nDATE: now\r\nContent-Length: 0\r\n\r\n");
-    }
 }

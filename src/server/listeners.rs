@@ -28,6 +28,7 @@ const PORT: u16 = 8000;
 const NOT_SENT_BYTES: u32 = 256 << 10;
 
 /// Every listening socket of the process.
+#[derive(Debug)]
 pub struct Listeners {
     /// By address, then by shard; an address with one socket for all shards has one only.
     sockets: Vec<Vec<OwnedFd>>,
@@ -107,6 +108,10 @@ impl Listeners {
     }
 
     fn open_unix(&mut self, path: &Path, backlog: i32) -> io::Result<()> {
+        if path.as_os_str().is_empty() {
+            // bind(2) would choose an abstract name that nobody knows.
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path is empty"));
+        }
         if fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
             match UnixStream::connect(path) {
                 Ok(_) => return Err(io::ErrorKind::AddrInUse.into()),

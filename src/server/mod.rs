@@ -7,7 +7,7 @@ pub mod listeners;
 
 use std::{
     fmt, process,
-    sync::{Arc, mpsc},
+    sync::{Arc, OnceLock, mpsc},
     thread,
     time::SystemTime,
 };
@@ -26,12 +26,16 @@ use crate::{
         Driver,
         capabilities::{Capabilities, MASK_VARIABLE},
         epoll::EpollDriver,
-        uring::UringDriver,
+        uring::{Sizes, UringDriver},
         waker::Waker,
     },
     error::{Error, Result},
     handler::{Handler, Request, Response},
     pool::{Clock, Pools},
+    python::{
+        PythonApp, Workers,
+        courier::{Report, Reporter},
+    },
     shard::{
         self, Control,
         engine::{Engine, Life},
@@ -56,9 +60,14 @@ const DESCRIPTORS_RESERVED: u64 = 32;
 pub struct Server {
     config: Config,
     handler: Arc<dyn Handler>,
+    /// What answers instead of `handler`.
+    python: Option<PythonApp>,
     /// What answers, for the start-up line.
     target: String,
 }
+
+/// Where the worker processes of this server can be counted up and down, once there are any.
+type WorkerCount = Arc<OnceLock<Reporter>>;
 
 impl Server {
     /// A server whose requests this closure answers, on the handler threads.
@@ -72,7 +81,14 @@ impl Server {
 
     /// A server with a [`Handler`] that decides more than the answer: where it runs, for one.
     pub fn with_handler(handler: impl Handler) -> Server {
-        Server { config: Config::default(), handler: Arc::new(handler), target: "a handler".to_owned() }
+        Server { config: Config::default(), handler: Arc::new(handler), python: None, target: "a handler".to_owned() }
+    }
+
+    /// A server whose requests a Python application answers, in processes of its own.
+    pub fn with_python(app: PythonApp) -> Server {
+        // Never called: its requests are for the couriers of the workers, not for handler threads.
+        let nobody = |_: &Request<'_>| Response::new(500);
+        Server { python: Some(app), ..Server::with_handler(nobody) }
     }
 
     /// Replaces every setting.
@@ -103,11 +119,12 @@ impl Server {
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR1, SIGUSR2, SIGTTIN, SIGTTOU])
             .map_err(|source| Error::Start { what: "the signal handler", source })?;
         let handle = signals.handle();
-        let running = self.start()?;
-        eprintln!("uringd {} ready: {running}", env!("CARGO_PKG_VERSION"));
-        let control = running.control.clone();
-        let listener = thread::Builder::new().name("signals".to_owned()).spawn(move || obey(&mut signals, &control));
+        let (control, count) = (Arc::new(Control::default()), WorkerCount::default());
+        let told = (control.clone(), count.clone());
+        let listener = thread::Builder::new().name("signals".to_owned()).spawn(move || obey(&mut signals, &told.0, &told.1));
         let listener = listener.map_err(|source| Error::Start { what: "the signal thread", source })?;
+        let running = self.start_with(control, &count)?;
+        eprintln!("uringd {} ready: {running}", env!("CARGO_PKG_VERSION"));
         let ended = running.wait();
         Handle::close(&handle);
         let _ = listener.join();
@@ -118,7 +135,11 @@ impl Server {
     ///
     /// # Errors
     /// What kept it from starting; then nothing is left running.
-    pub fn start(mut self) -> Result<Running> {
+    pub fn start(self) -> Result<Running> {
+        self.start_with(Arc::default(), &WorkerCount::default())
+    }
+
+    fn start_with(mut self, control: Arc<Control>, count: &WorkerCount) -> Result<Running> {
         let cpus = choose_cores(&self.config.cores)?;
         let handler_cpus = self.config.handler_cores.as_ref().map(choose_cores).transpose()?;
         let capabilities = choose_backend(self.config.backend)?;
@@ -126,11 +147,23 @@ impl Server {
         limit_connections(&mut self.config, cpus.len());
 
         let clock = Clock::new();
-        let control = Arc::new(Control::default());
         let stats: Vec<Arc<Stats>> = cpus.iter().map(|_| Arc::default()).collect();
         let disk = Disk::start(self.config.spool_directory.clone()).map_err(|source| Error::Start { what: "the disk's threads", source })?;
         let quota = Arc::new(Quota::new(self.config.limits.spool_bytes_max));
+        if self.python.is_some() {
+            self.config.handlers = 0;
+        }
         let pools = Pools::new(cpus.len(), &self.config, disk);
+        let workers = match self.python {
+            Some(app) => {
+                let places = handler_cpus.as_ref().unwrap_or(&cpus);
+                let places: Vec<CoreId> = (0..cpus.len()).map(|core| places[core % places.len()]).collect();
+                let workers = Workers::start(app, pools.clone(), &self.config, &places, &listeners.addresses(), clock, &stats, &control)?;
+                let _ = count.set(workers.reporter());
+                Some(workers)
+            }
+            None => None,
+        };
         let (started, starts) = mpsc::channel();
         let config = Arc::new(self.config);
         let mut shards = Vec::new();
@@ -153,17 +186,19 @@ impl Server {
             shards.push(thread.map_err(|source| Error::Start { what: "a shard's thread", source })?);
         }
         drop(started);
+        let addresses = listeners.addresses();
+        control.listen(listeners, cpus.len());
         let running = Running {
             shards,
             control,
             pools: pools.clone(),
-            addresses: listeners.addresses(),
+            addresses,
             cpus: cpus.clone(),
             backend: capabilities.map_or("epoll".to_owned(), |caps| format!("io_uring tier {}", caps.tier())),
             handlers: config.handlers,
+            workers,
             target: self.target,
             stats: stats.clone(),
-            _listeners: listeners,
         };
         for start in starts.iter().take(cpus.len()) {
             if let Err(error) = start {
@@ -189,9 +224,9 @@ pub struct Running {
     cpus: Vec<CoreId>,
     backend: String,
     handlers: usize,
+    workers: Option<Workers>,
     target: String,
     stats: Vec<Arc<Stats>>,
-    _listeners: Listeners,
 }
 
 impl Running {
@@ -224,6 +259,9 @@ impl Running {
             }
         }
         self.pools.stop();
+        if let Some(workers) = self.workers {
+            workers.stop();
+        }
         failed?;
         if lost > 0 { Err(Error::DrainLimit { lost }) } else { Ok(()) }
     }
@@ -235,7 +273,10 @@ impl fmt::Display for Running {
         let cpus: Vec<usize> = self.cpus.iter().map(|cpu| cpu.id).collect();
         let cores = if cpus.len() == 1 { "core" } else { "cores" };
         write!(f, "{}, {} {cores} ({}), {}", self.addresses.join(" "), cpus.len(), ranges(&cpus), self.backend)?;
-        write!(f, ", {} handlers per core, {}", self.handlers, self.target)
+        match &self.workers {
+            Some(workers) => write!(f, ", {}", workers.describe()),
+            None => write!(f, ", {} handlers per core, {}", self.handlers, self.target),
+        }
     }
 }
 
@@ -304,7 +345,7 @@ impl Shard {
 
     fn driver(&self) -> Result<Box<dyn Driver>> {
         match self.capabilities {
-            Some(caps) => Ok(Box::new(UringDriver::new(&self.listeners, caps).map_err(Error::NoUring)?)),
+            Some(caps) => Ok(Box::new(UringDriver::with_sizes(&self.listeners, caps, Sizes::from_environment()).map_err(Error::NoUring)?)),
             None => {
                 let made = EpollDriver::new(&self.listeners);
                 Ok(Box::new(made.map_err(|source| Error::Start { what: "an epoll instance", source })?))
@@ -314,9 +355,13 @@ impl Shard {
 }
 
 /// Turns signals into ends, until the handle is closed.
-fn obey(signals: &mut Signals, control: &Control) {
+fn obey(signals: &mut Signals, control: &Control, count: &WorkerCount) {
     for signal in signals.forever() {
         match signal {
+            SIGTTIN | SIGTTOU if count.get().is_some() => {
+                let change = if signal == SIGTTIN { 1 } else { -1 };
+                count.get().into_iter().for_each(|workers| workers.send(Report::Change(change)));
+            }
             SIGTERM if control.life() == Life::Serving => control.wind_down(Life::Draining),
             SIGTERM | SIGINT | SIGQUIT => control.wind_down(Life::Stopping),
             other => tracing::warn!(signal = other, "ignored: reload, upgrade, log rotation and worker counts are not available yet"),

@@ -1,7 +1,7 @@
 //! One shard's decisions: a completion comes in, operations go out.
 //!
 //! Nothing here calls the kernel or reads a clock; `shard/mod.rs` does both and passes the results in.
-//! So every order of events can be replayed from a seed (`tests/sim`).
+//! So every order of events can be replayed from a seed (`sim.rs`).
 //!
 //! Within a turn of the loop, completions only fill the slots' output buffers and the list `dirty`;
 //! [`Engine::end_turn`] makes one send per connection of it. So a burst of pipelined requests is answered by one
@@ -11,9 +11,10 @@
 //! it on the last completion, and add it to `Slot::is_quiet`.
 
 mod bodies;
+mod clients;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     mem,
     net::IpAddr,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -39,6 +40,8 @@ use crate::{
         Event, Framing, Head, Phase, Refusal, Version,
         response::{self, Context, Framing as BodyFraming, Preamble},
     },
+    identity::{Networks, Trust},
+    proxy_protocol::Fault,
     stats::Stats,
 };
 
@@ -49,6 +52,8 @@ const LINGER_TOTAL: Micros = 30_000_000;
 /// A client that shuts its sending side while its request waits may be half closed, which is legal, or gone,
 /// which is commoner. Nothing tells them apart, so it keeps its place this long.
 const HALF_CLOSED_WAIT: Micros = 100_000;
+/// A connection that comes just when the server drains must begin its request within this time.
+const DRAINING_FIRST_WAIT: Micros = 1_000_000;
 /// Accepting pauses this long after it failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Micros = 100_000;
 /// Freed output buffers kept for the next answers, and the largest that is kept.
@@ -78,6 +83,8 @@ pub struct Engine {
     handler: Arc<dyn Handler>,
     limits: Limits,
     permit: Permit,
+    forwarded: Trust,
+    proxy_protocol: Option<Networks>,
     periods: Periods,
     stats: Arc<Stats>,
     life: Life,
@@ -87,6 +94,8 @@ pub struct Engine {
     slots: Slab<Slot>,
     /// Connections by client, when they are limited.
     clients: HashMap<IpAddr, usize>,
+    /// Connections beyond the limit, accepted in one burst with others: nothing is received from them yet.
+    parked: VecDeque<(i32, Peer)>,
     /// Request body bytes in memory, of all connections.
     body_memory: usize,
     /// Response bytes in memory, of all connections.
@@ -103,6 +112,7 @@ pub struct Engine {
     head: Head,
     buffers: Vec<Vec<u8>>,
     exchanges: Vec<Box<Exchange>>,
+    pub(super) planted: Planted,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -114,6 +124,8 @@ struct Listener {
 /// The configured times, in [`Micros`].
 struct Periods {
     head: Micros,
+    /// Until a new connection's first byte: as for its head, and less once the server drains.
+    first: Micros,
     body_idle: Micros,
     body_rate_grace: Micros,
     body_rate_min: u64,
@@ -148,8 +160,11 @@ impl Engine {
             handler,
             limits: config.limits.clone(),
             permit: config.permit,
+            forwarded: config.forwarded.clone(),
+            proxy_protocol: config.proxy_protocol.clone(),
             periods: Periods {
                 head: micros(timeouts.head),
+                first: micros(timeouts.head),
                 body_idle: micros(timeouts.body_idle),
                 body_rate_grace: micros(timeouts.body_rate_grace),
                 body_rate_min: timeouts.body_rate_min,
@@ -168,6 +183,7 @@ impl Engine {
             accept_again: None,
             slots: Slab::new(),
             clients: HashMap::new(),
+            parked: VecDeque::new(),
             body_memory: 0,
             response_memory: 0,
             quota,
@@ -180,6 +196,7 @@ impl Engine {
             head: Head::default(),
             buffers: Vec::new(),
             exchanges: Vec::new(),
+            planted: Planted::default(),
         };
         engine.accept_all();
         engine
@@ -199,16 +216,16 @@ impl Engine {
 
     /// A handler is done with a request, or found it withdrawn.
     pub fn answered(&mut self, mut exchange: Box<Exchange>, now: Micros) {
-        let key = self.slots.get(exchange.token.slot as usize).filter(|slot| slot.token == exchange.token).map(|_| exchange.token.slot as usize);
-        if let (Some(response), Some(key)) = (exchange.response.take(), key) {
-            let slot = &self.slots[key];
-            // Else it was answered for: 503 or 504.
-            if slot.ticket.is_some() && slot.serial == exchange.serial {
+        let waits = |slot: &Slot| slot.ticket.is_some() && (slot.serial == exchange.serial || self.planted.is(Canary::OldAnswerTaken));
+        let key = self.live(exchange.token).filter(|&key| waits(&self.slots[key]));
+        match (exchange.response.take(), key) {
+            (Some(response), Some(key)) => {
                 self.respond(key, response, now);
                 self.proceed(key, now);
-            } else if let Body::Stream(stream) = response.body {
-                stream.credit.close();
             }
+            // It was answered for (503, 504) or its client is gone: a handler that is still at the body may stop.
+            (Some(Response { body: Body::Stream(stream), .. }), None) => stream.credit.close(),
+            _ => {}
         }
         self.recycle(exchange);
     }
@@ -216,8 +233,9 @@ impl Engine {
     /// The pool would not take a request: its queue is full.
     pub fn queue_full(&mut self, exchange: Box<Exchange>, now: Micros) {
         self.stats.queue_full.add(1);
-        if let Some(key) = self.find(exchange.token) {
-            self.respond(key, response::unavailable("The server is busy.\n"), now);
+        // Without its ticket, it was withdrawn on its way here.
+        if let Some(key) = self.live(exchange.token).filter(|&key| self.slots[key].ticket.is_some()) {
+            self.respond(key, Response::unavailable("The server is busy.\n"), now);
             self.proceed(key, now);
         }
         self.recycle(exchange);
@@ -226,6 +244,7 @@ impl Engine {
     /// Acts on what is due and turns all output of this turn into sends.
     pub fn end_turn(&mut self, now: Micros) {
         self.expire(now);
+        self.unpark(now);
         let mut dirty = mem::take(&mut self.dirty);
         for token in dirty.drain(..) {
             self.flush(token, now);
@@ -247,7 +266,12 @@ impl Engine {
     pub fn wind_down(&mut self, life: Life, now: Micros) {
         self.life = self.life.max(life);
         self.accept_again = None;
+        self.periods.first = self.periods.first.min(DRAINING_FIRST_WAIT);
         self.accept_stop();
+        if self.life == Life::Stopping {
+            let parked = self.parked.drain(..).map(|(fd, _)| Op::Close { fd, reset: false });
+            self.ops.extend(parked);
+        }
         let keys: Vec<usize> = self.slots.iter().map(|(key, _)| key).collect();
         for key in keys {
             let slot = &mut self.slots[key];
@@ -276,9 +300,14 @@ impl Engine {
         self.slots.iter().filter(|(_, slot)| slot.ticket.is_some() || slot.arriving.is_some() || !slot.is_done()).count()
     }
 
+    /// True when no connection will come any more.
+    pub fn accepts_nothing(&self) -> bool {
+        self.listeners.iter().all(|listener| !listener.in_flight)
+    }
+
     /// True when nothing is left that the kernel could report on.
     pub fn is_quiet(&self) -> bool {
-        self.slots.is_empty() && self.listeners.iter().all(|listener| !listener.in_flight)
+        self.slots.is_empty() && self.parked.is_empty() && self.accepts_nothing()
     }
 }
 
@@ -304,23 +333,28 @@ impl Engine {
 
     fn accepted(&mut self, fd: i32, peer: Peer, now: Micros) {
         self.stats.accepted.add(1);
-        if self.life != Life::Serving {
-            // It was in the kernel's queue when the stop began: its request has not been seen, so it may be tried again.
+        if self.life == Life::Stopping {
+            // Its request has not been seen, so it may be tried again.
             return self.ops.push(Op::Close { fd, reset: false });
         }
-        if let (Some(limit), Peer::Inet(address)) = (self.limits.connections_per_ip_max, peer) {
-            let count = self.clients.entry(address.ip()).or_default();
-            if *count >= limit {
-                self.stats.ip_limited.add(1);
-                return self.ops.push(Op::Close { fd, reset: true });
-            }
-            *count += 1;
+        if self.slots.len() >= self.limits.connections_max {
+            // The kernel gives all that waits at once; what is too much goes on waiting, here.
+            return self.parked.push_back((fd, peer));
+        }
+        self.open(fd, peer, now);
+    }
+
+    fn open(&mut self, fd: i32, peer: Peer, now: Micros) {
+        // With the PROXY protocol, the client is not known yet.
+        let proxied = self.proxy_protocol.is_some();
+        if !self.may_connect(peer) || !proxied && !self.count_client(peer) {
+            return self.ops.push(Op::Close { fd, reset: true });
         }
         self.generation = (self.generation + 1) & Token::GENERATION_MASK;
         let entry = self.slots.vacant_entry();
         let token = Token { slot: entry.key() as u32, generation: self.generation };
         let key = entry.key();
-        entry.insert(Slot::new(token, fd, peer, now));
+        entry.insert(Slot { proxy_awaited: proxied, counted: !proxied, ..Slot::new(token, fd, peer, now) });
         self.stats.open.set(self.slots.len() as u64);
         self.receive(key);
         self.schedule(key, now);
@@ -340,25 +374,24 @@ impl Engine {
             let why = std::io::Error::from_raw_os_error(error);
             tracing::warn!(error = %why, "accepting pauses; try: a higher RLIMIT_NOFILE (ulimit -n) or fewer connections");
             self.accept_again = Some(now + ACCEPT_PAUSE);
-        } else if self.slots.len() < self.limits.connections_max {
-            self.accept_all();
+        } else {
+            self.accept_resume();
         }
     }
 
-    fn forget_client(&mut self, peer: Peer) {
-        if let (Some(_), Peer::Inet(address)) = (self.limits.connections_per_ip_max, peer)
-            && let Some(count) = self.clients.get_mut(&address.ip())
+    /// Opens connections that wait here, as far as there is room.
+    fn unpark(&mut self, now: Micros) {
+        while self.slots.len() < self.limits.connections_max
+            && let Some((fd, peer)) = self.parked.pop_front()
         {
-            *count -= 1;
-            if *count == 0 {
-                self.clients.remove(&address.ip());
-            }
+            self.open(fd, peer, now);
+            self.accept_resume();
         }
     }
 
     /// A slot is free again: there may be room for who waits in the kernel's queue.
     fn accept_resume(&mut self) {
-        let room = self.slots.len() < self.limits.connections_max;
+        let room = self.slots.len() < self.limits.connections_max && self.parked.is_empty();
         if self.life == Life::Serving && room && self.accept_again.is_none() {
             self.accept_all();
         }
@@ -417,6 +450,7 @@ impl Engine {
                     slot.since_eof = now;
                 }
             }
+            (Stage::Open, RecvEnd::NoBuffers) if self.planted.is(Canary::NotArmedAgain) => return,
             (Stage::Open, RecvEnd::Again | RecvEnd::NoBuffers | RecvEnd::Stopped) => {}
         }
         self.proceed(key, now);
@@ -429,7 +463,8 @@ impl Engine {
         if slot.stage != Stage::Open {
             return;
         }
-        if !slot.input.is_empty() && !slot.last {
+        // A body whose last byte is taken may have its end still to be seen: it takes no further byte.
+        if (!slot.input.is_empty() || slot.http.phase() == Phase::Body) && !slot.last {
             let mut input = mem::take(&mut slot.input);
             let used = self.advance(key, &input, now);
             input.drain(..used);
@@ -440,10 +475,13 @@ impl Engine {
         if slot.eof && !slot.last && matches!(slot.http.phase(), Phase::Head | Phase::Body) && !clogged {
             return self.peer_closed(key, now);
         }
+        // An answer that was begun before the drain has promised another; it is the last all the same.
+        slot.last |= self.life != Life::Serving && slot.http.phase() == Phase::Head && !slot.http.request_begun() && slot.input.is_empty();
         if slot.last && slot.is_done() {
             return self.finish(key, now);
         }
-        let full = slot.input.len() >= self.limits.head_bytes_max;
+        // One byte more than a head may have has to be seen, for it to be refused and not waited for.
+        let full = slot.input.len() > self.limits.head_bytes_max;
         if !slot.recv_in_flight && !slot.eof && !full {
             self.receive(key);
         } else if full && slot.recv_in_flight && !slot.recv_stopping {
@@ -471,6 +509,10 @@ impl Engine {
     /// The peer has sent all that it will, and all of it was looked at.
     fn peer_closed(&mut self, key: usize, now: Micros) {
         let slot = &mut self.slots[key];
+        if slot.proxy_awaited {
+            self.refuse_proxy_header(key, &Fault::Missing);
+            return self.terminate(key);
+        }
         match slot.http.peer_closed(slot.input.len()) {
             Ok(()) => {
                 slot.last = true;
@@ -491,6 +533,10 @@ impl Engine {
     fn advance(&mut self, key: usize, input: &[u8], now: Micros) -> usize {
         let mut at = 0;
         let mut head = 0..0;
+        if self.slots[key].proxy_awaited {
+            let Some(length) = self.take_proxy_header(key, input, now) else { return 0 };
+            at = length;
+        }
         loop {
             if self.slots[key].last {
                 return input.len();
@@ -568,10 +614,22 @@ impl Engine {
     fn request_ready(&mut self, key: usize, head_bytes: &[u8], now: Micros) {
         self.stats.requests.add(1);
         let slot = &mut self.slots[key];
-        let (arriving, peer) = (slot.arriving.take(), slot.peer);
+        let (mut arriving, mut peer, mut origin) = (slot.arriving.take(), slot.peer, None);
+        if arriving.as_ref().map_or(&self.head, |exchange| &exchange.head).forwarding {
+            origin = match &mut arriving {
+                Some(exchange) => self.settle_origin(key, &mut exchange.head, &exchange.head_bytes),
+                None => {
+                    let mut head = mem::take(&mut self.head);
+                    let origin = self.settle_origin(key, &mut head, head_bytes);
+                    self.head = head;
+                    origin
+                }
+            };
+            peer = origin.map_or(peer, |origin| origin.remote);
+        }
         let request = match &arriving {
-            Some(exchange) => Request { peer, ..exchange.request() },
-            None => Request { head: &self.head, bytes: head_bytes, body: BodySource::Memory(&[]), peer, ticket: None },
+            Some(exchange) => Request { peer, origin, ..exchange.request() },
+            None => Request { head: &self.head, bytes: head_bytes, body: BodySource::Memory(&[]), peer, origin, ticket: None },
         };
         match self.handler.runs(&request) {
             Runs::Inline => {
@@ -582,12 +640,13 @@ impl Engine {
                 }
             }
             Runs::OnPool => {
-                let exchange = arriving.unwrap_or_else(|| {
+                let mut exchange = arriving.unwrap_or_else(|| {
                     let mut exchange = self.take_exchange();
                     exchange.head_bytes.extend_from_slice(head_bytes);
                     mem::swap(&mut exchange.head, &mut self.head);
                     exchange
                 });
+                (exchange.peer, exchange.origin) = (peer, origin);
                 self.dispatch(key, exchange, now);
             }
         }
@@ -597,7 +656,7 @@ impl Engine {
         let slot = &mut self.slots[key];
         exchange.token = slot.token;
         exchange.serial = slot.serial;
-        exchange.peer = slot.peer;
+        exchange.since = now;
         slot.ticket = Some(exchange.ticket.clone());
         slot.since = now;
         slot.since_eof = now;
@@ -620,7 +679,7 @@ impl Engine {
         self.stats.refused(refusal);
         let slot = &mut self.slots[key];
         tracing::info!(reason = refusal.reason(), status = refusal.status(), peer = %slot.peer, "refused: {}", refusal.explain());
-        self.answer_last(key, response::refusal(refusal), now);
+        self.answer_last(key, Response::refusal(refusal), now);
     }
 
     /// Answers a request whose body cannot be taken in, and serves nothing after it.
@@ -655,9 +714,9 @@ impl Engine {
             response = internal_error();
         }
         let slot = &mut self.slots[key];
-        let keep_alive = slot.context.keep_alive && self.life == Life::Serving && !response::wants_close(&response);
+        let keep_alive = slot.context.keep_alive && self.life == Life::Serving && !response::wants_close(response.made());
         let context = Context { keep_alive, ..slot.context };
-        let framing = response::write_head(&mut slot.output, &response, context, &self.preamble).unwrap_or_else(|fault| {
+        let framing = response::write_head(&mut slot.output, response.made(), context, &self.preamble).unwrap_or_else(|fault| {
             self.stats.faults.add(1);
             tracing::error!("{}; answered 500", fault.explain());
             let body = mem::take(&mut response.body);
@@ -665,7 +724,7 @@ impl Engine {
                 stream.credit.close();
             }
             response = internal_error();
-            response::write_head(&mut slot.output, &response, context, &self.preamble).expect("our own answer is valid")
+            response::write_head(&mut slot.output, response.made(), context, &self.preamble).expect("our own answer is valid")
         });
         self.stats.answers[usize::from(response.status / 100)].add(1);
         slot.since = now;
@@ -673,7 +732,8 @@ impl Engine {
         slot.last = !slot.keep_alive;
         match response.body {
             Body::Stream(_) | Body::File { .. } => self.send_later(key, response.body, framing),
-            Body::Owned(bytes) if framing != BodyFraming::None && self.response_memory > self.limits.response_memory_total_bytes_max => {
+            // While the disk is at the request's body (which is refused then), its outcome could not be told from this one's.
+            Body::Owned(bytes) if framing != BodyFraming::None && !slot.spooling && self.response_memory > self.limits.response_memory_total_bytes_max => {
                 self.send_through_file(key, bytes, framing);
             }
             body if framing != BodyFraming::None => slot.put_body(body),
@@ -713,7 +773,7 @@ impl Engine {
 impl Engine {
     /// Hands what waits on a connection to the driver, unless something of it is already there.
     fn flush(&mut self, token: Token, now: Micros) {
-        let Some(key) = self.find(token) else { return };
+        let Some(key) = self.live(token) else { return };
         let slot = &mut self.slots[key];
         slot.dirty = false;
         if slot.send_in_flight || slot.stage != Stage::Open {
@@ -751,7 +811,7 @@ impl Engine {
             }
         };
         slot.progress = now;
-        chunk.start += sent;
+        chunk.start += self.planted.sent(sent, chunk.len());
         slot.busy_bytes += sent as u64;
         if chunk.is_empty() {
             chunk.end = (chunk.start + SEND_BYTES_MAX).min(chunk.payload_len());
@@ -774,7 +834,9 @@ impl Engine {
             slot.dirty = true;
             self.dirty.push(token);
         }
-        self.proceed(key, now);
+        if !self.planted.is(Canary::NextRequestForgotten) {
+            self.proceed(key, now);
+        }
     }
 }
 
@@ -805,12 +867,19 @@ impl Engine {
         slot.stage = Stage::Terminating;
         if let Some(ticket) = slot.ticket.take() {
             ticket.disconnect();
-            if ticket.withdraw() {
+            if !self.planted.is(Canary::NotWithdrawn) && ticket.withdraw() {
                 self.stats.withdrawn.add(1);
             }
         }
-        if !slot.is_quiet() {
+        if slot.reset && slot.recv_in_flight && !slot.send_in_flight {
+            // A shutdown would show the peer an orderly end before the reset, and a body that was cut off as whole.
+            self.ops.push(Op::RecvStop { token: slot.token, fd: slot.fd });
+        } else if !slot.is_quiet() {
             self.ops.push(Op::Shutdown { fd: slot.fd, how: Shutdown::Both });
+            if slot.recv_in_flight {
+                // A multishot receive can miss the shutdown while bytes are arriving (kernel-notes/cancel-and-close.md).
+                self.ops.push(Op::RecvStop { token: slot.token, fd: slot.fd });
+            }
         }
         let (input, output, arriving) = (mem::take(&mut slot.input), mem::take(&mut slot.output), slot.arriving.take());
         slot.body = None;
@@ -844,9 +913,9 @@ impl Engine {
 
     /// Closes a terminating connection once nothing of it is in flight.
     fn free(&mut self, key: usize) {
-        if self.slots[key].is_quiet() {
+        if self.slots[key].is_quiet() || self.planted.is(Canary::ClosedInFlight) {
             let slot = self.slots.remove(key);
-            self.forget_client(slot.peer);
+            self.forget_client(&slot);
             self.ops.push(Op::Close { fd: slot.fd, reset: slot.reset });
             self.stats.open.set(self.slots.len() as u64);
             self.accept_resume();
@@ -877,7 +946,9 @@ impl Engine {
             };
             if self.slots[key].entry == tick {
                 self.slots[key].entry = NO_ENTRY;
-                self.expire_slot(key, now);
+                if !self.planted.is(Canary::DeadlineMissed) {
+                    self.expire_slot(key, now);
+                }
             }
         }
         self.expired = expired;
@@ -892,6 +963,8 @@ impl Engine {
         }
         if slot.stage == Stage::Lingering {
             if periods.due(slot, now).is_some_and(|due| due <= now) {
+                // It had its time to read the answer, and goes on sending or holding.
+                slot.reset = true;
                 return self.terminate(key);
             }
         } else if !slot.is_flushed() && (slot.progress + periods.send <= now || periods.is_read_too_slowly(slot, now)) {
@@ -910,7 +983,7 @@ impl Engine {
             }
         } else if slot.spooling && slot.gathered {
             if slot.progress + periods.body_idle <= now {
-                self.reject(key, response::unavailable("The server's disk does not keep up.\n"), now);
+                self.reject(key, Response::unavailable("The server's disk does not keep up.\n"), now);
             }
         } else if slot.http.phase() == Phase::Body {
             let elapsed = now - slot.since;
@@ -927,6 +1000,9 @@ impl Engine {
                 slot.http.fail();
                 self.refuse(key, Refusal::HeadTimeout, now);
             } else if !slot.begun && slot.since + periods.idle(slot) <= now {
+                if slot.proxy_awaited {
+                    self.refuse_proxy_header(key, &Fault::Missing);
+                }
                 return self.terminate(key);
             }
         }
@@ -937,11 +1013,11 @@ impl Engine {
         let slot = &mut self.slots[key];
         let ticket = slot.ticket.clone().expect("a request with a handler");
         match ticket.progress() {
-            Progress::Waiting if slot.eof && slot.since_eof + HALF_CLOSED_WAIT <= now => return self.terminate(key),
+            Progress::Waiting if slot.eof && slot.is_flushed() && slot.since_eof + HALF_CLOSED_WAIT <= now => return self.terminate(key),
             Progress::Waiting if slot.since + self.periods.queue <= now && ticket.withdraw() => {
                 self.stats.queue_timeouts.add(1);
                 tracing::warn!(peer = %slot.peer, "answered 503: no handler was free in time; try: more --handlers, or a longer --queue-timeout");
-                self.respond(key, response::unavailable("The server is busy.\n"), now);
+                self.respond(key, Response::unavailable("The server is busy.\n"), now);
             }
             Progress::RunningSince(since) if since + self.periods.run <= now => {
                 self.stats.run_timeouts.add(1);
@@ -969,7 +1045,7 @@ impl Periods {
             Some(ticket) => match ticket.progress() {
                 Progress::RunningSince(since) => Some(since + self.run),
                 // It may start at any moment, and the shortest limit must not be missed then.
-                _ if slot.eof => Some((slot.since_eof + HALF_CLOSED_WAIT).max(now)),
+                _ if slot.eof && slot.is_flushed() => Some((slot.since_eof + HALF_CLOSED_WAIT).max(now)),
                 _ => Some((slot.since + self.queue).min(now + self.run)),
             },
             None => match slot.http.phase() {
@@ -980,7 +1056,7 @@ impl Periods {
                     Some((slot.progress + self.body_idle).min(rate))
                 }
                 Phase::Handling => Some(slot.progress + self.body_idle),
-                Phase::Responding if slot.outgoing.is_some() => Some(slot.since.max(slot.progress) + self.run),
+                Phase::Responding if slot.outgoing.as_ref().is_some_and(|outgoing| outgoing.waits_for_handler()) => Some(slot.since + self.run),
                 Phase::Responding | Phase::Closing => None,
             },
         };
@@ -995,7 +1071,7 @@ impl Periods {
 
     /// How long a connection may say nothing between requests, or before the first.
     fn idle(&self, slot: &Slot) -> Micros {
-        if slot.serial == 0 { self.head } else { self.keep_alive }
+        if slot.serial == 0 { self.first } else { self.keep_alive }
     }
 }
 
@@ -1004,14 +1080,18 @@ impl Engine {
     /// The slot that a completion is about. `None`: it is already someone else's, which must not happen.
     #[inline]
     fn find(&self, token: Token) -> Option<usize> {
-        let key = token.slot as usize;
-        match self.slots.get(key) {
-            Some(slot) if slot.token == token => Some(key),
-            _ => {
-                self.stats.stale.add(1);
-                None
-            }
+        let key = self.live(token);
+        if key.is_none() {
+            self.stats.stale.add(1);
         }
+        key
+    }
+
+    /// The slot of a connection that may be gone by now.
+    #[inline]
+    fn live(&self, token: Token) -> Option<usize> {
+        let key = token.slot as usize;
+        self.slots.get(key).filter(|slot| slot.token == token).map(|_| key)
     }
 
     fn take_buffer(&mut self) -> Vec<u8> {
@@ -1045,6 +1125,44 @@ impl Engine {
             exchange.file_bytes = 0;
             exchange.reserved = None;
             self.exchanges.push(exchange);
+        }
+    }
+}
+
+/// Bugs that the simulation plants, to be sure that it would find them (`sim.rs`).
+#[cfg_attr(not(test), allow(dead_code))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Canary {
+    ClosedInFlight,
+    DeadlineMissed,
+    NextRequestForgotten,
+    NotArmedAgain,
+    NotWithdrawn,
+    OldAnswerTaken,
+    ShortSendLosesRest,
+    ShortSendRepeats,
+}
+
+/// The one that is planted: none outside of tests, so that the compiler drops what hangs on it.
+#[derive(Default)]
+pub(super) struct Planted(#[cfg(test)] pub(super) Option<Canary>);
+
+impl Planted {
+    #[inline(always)]
+    fn is(&self, _which: Canary) -> bool {
+        #[cfg(test)]
+        return self.0 == Some(_which);
+        #[cfg(not(test))]
+        false
+    }
+
+    /// How many bytes of a chunk have gone out.
+    #[inline(always)]
+    fn sent(&self, sent: usize, length: usize) -> usize {
+        match sent < length {
+            true if self.is(Canary::ShortSendLosesRest) => length,
+            true if self.is(Canary::ShortSendRepeats) => 0,
+            _ => sent,
         }
     }
 }

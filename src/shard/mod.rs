@@ -2,6 +2,8 @@
 
 pub mod deadlines;
 pub mod engine;
+#[cfg(test)]
+mod sim;
 pub mod slot;
 
 use std::{
@@ -17,6 +19,7 @@ use crate::{
     driver::{Driver, waker::Waker},
     exchange::Micros,
     pool::{Answer, Clock, Desk},
+    server::listeners::Listeners,
     shard::engine::{Engine, Life},
     stats::Stats,
 };
@@ -29,6 +32,8 @@ const STOP_WAIT: Micros = 2_000_000;
 pub struct Control {
     life: AtomicU8,
     wakers: Mutex<Vec<Waker>>,
+    /// The listening sockets, and how many shards still accept on them.
+    listening: Mutex<(Option<Listeners>, usize)>,
 }
 
 impl Control {
@@ -36,6 +41,20 @@ impl Control {
     pub fn wind_down(&self, life: Life) {
         self.life.fetch_max(life as u8, Ordering::SeqCst);
         self.wakers.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).iter().for_each(Waker::wake);
+    }
+
+    /// Keeps the listening sockets open as long as one of so many shards accepts.
+    pub fn listen(&self, listeners: Listeners, shards: usize) {
+        *self.listening.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = (Some(listeners), shards);
+    }
+
+    /// A shard accepts no more. After the last one, the sockets are closed: who comes now is refused, and may go elsewhere.
+    pub fn accepts_nothing(&self) {
+        let mut listening = self.listening.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        listening.1 = listening.1.saturating_sub(1);
+        if listening.1 == 0 {
+            listening.0 = None;
+        }
     }
 
     pub fn register(&self, waker: Waker) {
@@ -70,6 +89,7 @@ pub fn run(
     let mut second = 0;
     let mut drain_until = None;
     let mut stop_until = None;
+    let mut refusing = false;
     let mut lost = 0;
     loop {
         stats.turns.add(1);
@@ -97,22 +117,31 @@ pub fn run(
             stop_until = Some(now + STOP_WAIT);
             engine.wind_down(Life::Stopping, now);
         }
+        if drain_until.is_some() && !refusing && engine.accepts_nothing() {
+            refusing = true;
+            control.accepts_nothing();
+        }
         let over = stop_until.is_some_and(|until| until <= now);
         if over || drain_until.is_some() && engine.is_quiet() && engine.ops.is_empty() {
             return Ok(lost);
         }
 
-        for exchange in std::mem::take(&mut engine.dispatch) {
+        let mut dispatch = std::mem::take(&mut engine.dispatch);
+        for exchange in dispatch.drain(..) {
             if let Err(exchange) = desk.offer(exchange) {
                 engine.queue_full(exchange, now);
             }
         }
+        desk.ring();
+        // Its room is used again. What came up meanwhile waits in the engine's own list for the next turn.
+        dispatch.append(&mut engine.dispatch);
+        engine.dispatch = dispatch;
         engine.end_turn(now);
         engine.ops.drain(..).for_each(|op| driver.push(op));
         engine.disk.drain(..).for_each(|job| desk.spool(job));
 
         waker.sleep();
-        let more = desk.has_answer() || control.life() as u8 > 0 && stop_until.is_none() && drain_until.is_none();
+        let more = desk.has_answer() || !engine.dispatch.is_empty() || control.life() as u8 > 0 && stop_until.is_none() && drain_until.is_none();
         let deadlines = [engine.next_deadline(), drain_until.filter(|_| stop_until.is_none()), stop_until];
         let timeout = match deadlines.into_iter().flatten().min() {
             _ if more || engine.is_quiet() && drain_until.is_some() => Some(Duration::ZERO),

@@ -39,7 +39,14 @@ pub enum Stage {
 pub struct Slot {
     pub token: Token,
     pub fd: RawFd,
+    /// The client; the other end of the connection, unless that said another with the PROXY protocol.
     pub peer: Peer,
+    /// The other end of the connection.
+    pub accepted_from: Peer,
+    /// It counts among the connections of `peer`.
+    pub counted: bool,
+    /// The PROXY protocol header has not come yet.
+    pub proxy_awaited: bool,
     pub stage: Stage,
     pub http: Connection,
     /// Bytes received and not yet consumed. Without capacity while empty, so that idle connections cost none.
@@ -111,6 +118,9 @@ impl Slot {
             token,
             fd,
             peer,
+            accepted_from: peer,
+            counted: false,
+            proxy_awaited: false,
             stage: Stage::Open,
             http: Connection::new(),
             input: Vec::new(),

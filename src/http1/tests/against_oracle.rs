@@ -68,7 +68,7 @@ fn compare(bytes: &[u8], cuts: &[usize], limits: &Limits) -> Result<bool, String
 const METHODS: [&str; 10] = [
     "GET", "POST", "HEAD", "OPTIONS", "get", "CONNECT", "Foo", "G(T", "", "PUT",
 ];
-const TARGETS: [&str; 14] = [
+const TARGETS: [&str; 17] = [
     "/",
     "/a?b",
     "*",
@@ -80,6 +80,9 @@ const TARGETS: [&str; 14] = [
     "ftp://a/",
     "http://u@a/",
     "//x",
+    "/x//",
+    "http://a//b",
+    "http://a?//b",
     "/%00",
     "a",
     "/\u{7f}",

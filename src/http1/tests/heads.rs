@@ -3,7 +3,7 @@
 use super::{End, request, run, run_with};
 use crate::{
     config::{Limits, Permit},
-    http1::{Connection, Event, Framing, Head, Refusal, Version, fuzzing},
+    http1::{Connection, Event, Framing, Head, Refusal, Version, fuzzing, target::is_host},
 };
 
 #[track_caller]
@@ -26,7 +26,7 @@ fn a_target_is_split_at_its_first_question_mark() {
         ("/a/b", "/a/b", None),
         ("/?", "/", Some("")),
         ("/a?b=c?d", "/a", Some("b=c?d")),
-        ("//a//b?http://c", "//a//b", Some("http://c")),
+        ("/a//b?http://c//", "/a//b", Some("http://c//")),
         ("http://a", "/", None),
         ("http://A?q", "/", Some("q")),
         ("HTTPS://a/x/y?q=/", "/x/y", Some("q=/")),
@@ -59,6 +59,21 @@ fn a_target_must_have_a_form_that_fits() {
 }
 
 #[test]
+fn a_path_with_two_slashes_first_passes_only_where_permitted() {
+    let permit = Permit {
+        double_slash: true,
+        ..Permit::default()
+    };
+    for target in ["//evil.example", "//", "///a", "//a?b", "http://a//b"] {
+        refused(&get(target), Refusal::TargetDoubleSlash);
+        let run = fuzzing::run(get(target).as_bytes(), &[], &Limits::default(), permit);
+        assert_eq!((run.requests.len(), run.end), (1, End::Open), "{target}");
+        let request = &run.requests[0];
+        assert!(request.head.path.of(&request.head_bytes).starts_with(b"//"));
+    }
+}
+
+#[test]
 fn the_host_comes_from_the_field_or_from_the_target() {
     for (bytes, host) in [
         ("GET / HTTP/1.1\r\nhOST:\t b:1 \r\n\r\n", Some("b:1")),
@@ -86,6 +101,32 @@ fn a_missing_host_passes_only_where_permitted() {
     let run = fuzzing::run(bytes, &[], &Limits::default(), permit);
     assert_eq!((run.requests.len(), run.end), (1, End::Open));
     assert_eq!(run.requests[0].head.host, None);
+}
+
+#[test]
+fn long_names_are_read_like_short_ones() {
+    // Every byte at every place of names around the lengths at which they are read eight bytes at a time.
+    for length in 1..=26 {
+        for at in 0..length {
+            for byte in 1..=0x7f_u8 {
+                let mut name = vec![b'a'; length];
+                name[at] = byte;
+                let allowed = byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(&byte);
+                let wanted = match byte {
+                    b'.' => at > 0,
+                    b':' => at > 0 && at + 1 == length,
+                    b'%' => at + 2 < length,
+                    _ => allowed,
+                };
+                assert_eq!(is_host(&name), wanted, "{:?}", String::from_utf8_lossy(&name));
+            }
+            if at > 0 {
+                let mut name = vec![b'a'; length];
+                (name[at - 1], name[at]) = (b'.', b'.');
+                assert!(!is_host(&name), "{:?}", String::from_utf8_lossy(&name));
+            }
+        }
+    }
 }
 
 #[test]

@@ -121,7 +121,7 @@ impl Engine {
         self.body_memory += bytes.len();
         if self.body_memory > self.limits.body_memory_total_bytes_max {
             self.stats.body_memory_full.add(1);
-            return self.reject(key, response::unavailable("The server has no memory for request bodies just now.\n"), now);
+            return self.reject(key, Response::unavailable("The server has no memory for request bodies just now.\n"), now);
         }
         if exchange.body.len() > self.limits.body_memory_bytes_max {
             self.spool_request(key, now);
@@ -142,7 +142,7 @@ impl Engine {
             self.reject(key, insufficient_storage(), now);
         } else if self.body_memory >= self.limits.body_memory_total_bytes_max {
             self.stats.body_memory_full.add(1);
-            self.reject(key, response::unavailable("The server has no memory for request bodies just now.\n"), now);
+            self.reject(key, Response::unavailable("The server has no memory for request bodies just now.\n"), now);
         }
     }
 
