@@ -413,7 +413,7 @@ fn limit_connections(config: &mut Config, cores: usize) {
         let raised = limit.maximum.map_or(wanted, |maximum| maximum.min(wanted)).max(current);
         let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum: limit.maximum });
         if raised < wanted {
-            tracing::warn!("RLIMIT_NOFILE allows {raised} descriptors; {wanted} would be needed for {} connections per core; try: ulimit -n {wanted}", config.limits.connections_max);
+            tracing::debug!("RLIMIT_NOFILE allows {raised} descriptors; {wanted} would be needed for {} connections per core; try: ulimit -n {wanted}", config.limits.connections_max);
         }
     }
 }
