@@ -39,6 +39,8 @@ Every option is also an environment variable, URINGD_ and its name in capitals (
 of the configuration file (keep-alive = 5). Exit status: 0 after a drained stop, 1 could not start, 2 usage,
 3 requests were lost at the drain limit.";
 
+// In the help texts, brackets are brackets.
+#[allow(rustdoc::broken_intra_doc_links)]
 /// Everything that can be typed. `None`: not said.
 #[derive(Clone, Debug, Default, Parser, Deserialize)]
 #[command(name = "uringd", version, about = ABOUT, after_help = EXAMPLES, max_term_width = 110)]
@@ -281,8 +283,10 @@ impl Target {
             let names: Vec<_> = Builtin::NAMES.iter().map(|pair| pair.0).collect();
             return Err(Usage(format!("{text} is no built-in target; try: {}", names.join(", "))));
         }
-        let is_module = |name: &str| !name.is_empty() && name.chars().all(|letter| letter.is_alphanumeric() || letter == '_' || letter == '.');
-        if text.split_once(':').is_some_and(|(module, attribute)| is_module(module) && !attribute.is_empty() && !attribute.starts_with('/')) {
+        let is_module =
+            |name: &str| !name.is_empty() && name.chars().all(|letter| letter.is_alphanumeric() || letter == '_' || letter == '.');
+        if text.split_once(':').is_some_and(|(module, attribute)| is_module(module) && !attribute.is_empty() && !attribute.starts_with('/'))
+        {
             return Ok(Target::Python(text.to_owned()));
         }
         let unsupported = if text.starts_with("http://") || text.starts_with("https://") || text.starts_with("unix:") {
@@ -333,7 +337,9 @@ impl Options {
         let usage = |text: String| Err(Usage(text));
         match self.interface.as_deref() {
             None | Some("auto" | "wsgi") => {}
-            Some("asgi") => return usage("--interface asgi: this version runs WSGI applications only; try: an adapter such as a2wsgi".to_owned()),
+            Some("asgi") => {
+                return usage("--interface asgi: this version runs WSGI applications only; try: an adapter such as a2wsgi".to_owned());
+            }
             Some(other) => return usage(format!("--interface {other}: try wsgi")),
         }
         match self.worker_class.as_deref() {
@@ -365,7 +371,13 @@ impl Options {
             workers,
             threads,
             chdir: self.chdir.clone(),
-            pythonpath: self.pythonpath.iter().flat_map(|list| list.split([',', ':'])).filter(|path| !path.is_empty()).map(str::to_owned).collect(),
+            pythonpath: self
+                .pythonpath
+                .iter()
+                .flat_map(|list| list.split([',', ':']))
+                .filter(|path| !path.is_empty())
+                .map(str::to_owned)
+                .collect(),
             env: self.env.iter().map(pair).collect::<Result<_, Usage>>()?,
             preload: self.preload.unwrap_or(false),
             max_requests: self.max_requests.unwrap_or(0),
@@ -524,7 +536,8 @@ mod tests {
 
     #[test]
     fn gunicorns_and_waitresss_names_are_understood() {
-        let config = parse("--keepalive 5 --worker-connections 10 --max-request-body-size 9 -t 3 --listen :80").config(None).expect("valid");
+        let config =
+            parse("--keepalive 5 --worker-connections 10 --max-request-body-size 9 -t 3 --listen :80").config(None).expect("valid");
         assert_eq!(config.timeouts.keep_alive, Duration::from_secs(5));
         assert_eq!((config.limits.connections_max, config.limits.body_bytes_max), (10, 9));
         assert_eq!(config.timeouts.run, Duration::from_secs(3));
@@ -573,7 +586,8 @@ mod tests {
 
     #[test]
     fn gunicorns_options_for_workers_are_understood() {
-        let app = parse("-w 3 --threads 4 -k gthread -e A=b=c -e D= --preload --max-requests 9 --pythonpath x,y").python_app("a:b", Some("7"));
+        let app =
+            parse("-w 3 --threads 4 -k gthread -e A=b=c -e D= --preload --max-requests 9 --pythonpath x,y").python_app("a:b", Some("7"));
         let app = app.expect("valid");
         assert_eq!((app.workers, app.threads, app.preload, app.max_requests), (Some(3), 4, true, 9));
         assert_eq!((app.env["A"].as_str(), app.env["D"].as_str(), app.pythonpath), ("b=c", "", vec!["x".to_owned(), "y".to_owned()]));

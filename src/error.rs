@@ -37,7 +37,9 @@ impl fmt::Display for Error {
             Error::Bind { address, source } => {
                 let remedy = match source.kind() {
                     io::ErrorKind::AddrInUse => "stop what listens there (ss -ltnp shows it), or choose another address with --bind",
-                    io::ErrorKind::PermissionDenied => "a port from 1024 up, a directory that this user may write to, or CAP_NET_BIND_SERVICE",
+                    io::ErrorKind::PermissionDenied => {
+                        "a port from 1024 up, a directory that this user may write to, or CAP_NET_BIND_SERVICE"
+                    }
                     io::ErrorKind::AddrNotAvailable => "an address of this machine (ip addr shows them)",
                     io::ErrorKind::InvalidInput => "--bind host:port, [v6]:port, :port, unix:PATH or fd://N",
                     _ => "another address with --bind",
@@ -72,7 +74,9 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::Bind { source, .. } | Error::Interpreter { source, .. } | Error::Start { source, .. } | Error::Driver(source) => Some(source),
+            Error::Bind { source, .. } | Error::Interpreter { source, .. } | Error::Start { source, .. } | Error::Driver(source) => {
+                Some(source)
+            }
             Error::NoUring(why) => Some(why),
             Error::Cores { .. } | Error::Mask(_) | Error::Application { .. } | Error::Stopped | Error::DrainLimit { .. } => None,
         }

@@ -161,19 +161,23 @@ impl<'a> Request<'a> {
     /// write. Those of forwarding fields are left out even then. So is `Proxy`, which would become HTTP_PROXY, by which
     /// programs are told their own proxy (CVE-2016-5385). Each is logged, and counted in `stats`.
     pub fn cgi_headers(&self, permit: Permit, stats: &'a Stats) -> impl Iterator<Item = (CgiName<'a>, &'a [u8])> + use<'a> {
-        self.headers().filter(move |(name, _)| {
-            let danger = if name.contains('_') {
-                !permit.underscore_headers || is_forwarding(name.replace('_', "-").as_bytes())
-            } else {
-                name.eq_ignore_ascii_case("proxy")
-            };
-            if danger {
-                stats.names_dropped.add_shared(1);
-                tracing::info!(name, "left out of the environment: a client could pass it off as another; try: --permit underscore-headers");
-            }
-            !danger
-        })
-        .map(|(name, value)| (CgiName(name), value))
+        self.headers()
+            .filter(move |(name, _)| {
+                let danger = if name.contains('_') {
+                    !permit.underscore_headers || is_forwarding(name.replace('_', "-").as_bytes())
+                } else {
+                    name.eq_ignore_ascii_case("proxy")
+                };
+                if danger {
+                    stats.names_dropped.add_shared(1);
+                    tracing::info!(
+                        name,
+                        "left out of the environment: a client could pass it off as another; try: --permit underscore-headers"
+                    );
+                }
+                !danger
+            })
+            .map(|(name, value)| (CgiName(name), value))
     }
 
     /// True once the client is known to be gone: nobody will read the answer.
@@ -285,7 +289,11 @@ pub enum Body {
     /// Sent to many without a copy each.
     Shared(Arc<[u8]>),
     /// `length` bytes of a file from `offset` on, read off the ring thread while they are sent.
-    File { file: Arc<File>, offset: u64, length: u64 },
+    File {
+        file: Arc<File>,
+        offset: u64,
+        length: u64,
+    },
     /// Made while it is sent: see [`Body::stream`].
     Stream(Stream),
 }
@@ -503,7 +511,10 @@ mod tests {
     #[test]
     fn no_body_follows_head_204_and_304() {
         let head = Context { is_head: true, ..PLAIN };
-        assert_eq!(written(&Response::new(200).body("abc"), head), Ok(("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n".into(), Framing::None)));
+        assert_eq!(
+            written(&Response::new(200).body("abc"), head),
+            Ok(("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n".into(), Framing::None))
+        );
         for (status, line) in [(204, "204 No Content"), (304, "304 Not Modified")] {
             let response = Response::new(status).body("abc");
             assert_eq!(written(&response, PLAIN), Ok((format!("HTTP/1.1 {line}\r\n\r\n"), Framing::None)));

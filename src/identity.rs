@@ -387,7 +387,8 @@ mod tests {
 
     #[test]
     fn a_trusted_proxy_names_client_scheme_host_and_port() {
-        let fields = "X-Forwarded-For: 203.0.113.7\r\nX-Forwarded-Proto: HTTPS\r\nX-Forwarded-Host: a.example:444\r\nX-Forwarded-Port: 443\r\n";
+        let fields =
+            "X-Forwarded-For: 203.0.113.7\r\nX-Forwarded-Proto: HTTPS\r\nX-Forwarded-Host: a.example:444\r\nX-Forwarded-Port: 443\r\n";
         let wanted = ("203.0.113.7:0".to_owned(), Some(true), Some("a.example:444".to_owned()), Some(443));
         for peer in [PROXY, "[::ffff:10.0.0.1]:1", "unix"] {
             let (said, names) = settled(fields, peer, &trust("10.0.0.1", 1));
@@ -410,7 +411,8 @@ mod tests {
 
     #[test]
     fn the_other_fields_are_read_for_the_same_hop() {
-        let fields = "X-Forwarded-For: 6.6.6.6, 203.0.113.7, 10.0.0.2\r\nX-Forwarded-Proto: https, http\r\nX-Forwarded-Host: evil, a, b\r\n";
+        let fields =
+            "X-Forwarded-For: 6.6.6.6, 203.0.113.7, 10.0.0.2\r\nX-Forwarded-Proto: https, http\r\nX-Forwarded-Host: evil, a, b\r\n";
         let (said, _) = settled(fields, PROXY, &trust("10.0.0.0/8", 2));
         assert_eq!(said, Some(("203.0.113.7:0".to_owned(), Some(true), Some("a".to_owned()), None)));
     }
@@ -446,10 +448,14 @@ mod tests {
         let (said, names) = settled(two, PROXY, &trust("10.0.0.0/8", 2));
         assert_eq!(said, Some(("[2001:db8::1]:4711".to_owned(), Some(true), Some("a.example:1".to_owned()), None)));
         assert_eq!(names.len(), 2);
+        let three = "Forwarded: for=6.6.6.6, for=203.0.113.7, for=10.0.0.2\r\n";
+        assert_eq!(remote(three, &trust("10.0.0.0/8", 9)), "203.0.113.7:0", "who wrote 6.6.6.6 is not trusted");
         for hidden in ["for=unknown", "for=_x", "proto=http", "for=\"_a,b;c\""] {
             assert_eq!(remote(&format!("Forwarded: {hidden}\r\n"), &trust("*", 5)), PROXY, "{hidden}");
         }
-        for bad in ["for", "for=", "for=\"1.1.1.1", "for=1.1.1.1 x", "=1.1.1.1", "for=1.1.1.1;for=2.2.2.2", "for=\"1\\.1\"", "for=\"1\"2", ",", ""] {
+        for bad in
+            ["for", "for=", "for=\"1.1.1.1", "for=1.1.1.1 x", "=1.1.1.1", "for=1.1.1.1;for=2.2.2.2", "for=\"1\\.1\"", "for=\"1\"2", ",", ""]
+        {
             assert_eq!(remote(&format!("Forwarded: {bad}\r\n"), &trust("*", 5)), "nobody", "{bad}");
         }
     }
@@ -457,9 +463,11 @@ mod tests {
     #[test]
     fn of_two_kinds_of_fields_only_one_is_believed() {
         let both = "Forwarded: for=1.1.1.1;proto=https\r\nX-Forwarded-For: 2.2.2.2\r\n";
-        for (fields, wanted, left) in
-            [(Fields::Auto, "2.2.2.2:0", "x-forwarded-for"), (Fields::XForwarded, "2.2.2.2:0", "x-forwarded-for"), (Fields::Forwarded, "1.1.1.1:0", "forwarded")]
-        {
+        for (fields, wanted, left) in [
+            (Fields::Auto, "2.2.2.2:0", "x-forwarded-for"),
+            (Fields::XForwarded, "2.2.2.2:0", "x-forwarded-for"),
+            (Fields::Forwarded, "1.1.1.1:0", "forwarded"),
+        ] {
             let (said, names) = settled(both, PROXY, &Trust { fields, ..trust("*", 1) });
             assert_eq!((said.map(|said| said.0), names), (Some(wanted.to_owned()), vec![left.to_owned()]));
         }

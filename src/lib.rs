@@ -70,6 +70,8 @@
 //! - *Disk work is done by threads, not on the ring*, so that both drivers and the simulation share one way.
 
 #![deny(unsafe_code)]
+// Comments speak to readers of the source, who can follow a link to what is private.
+#![allow(rustdoc::private_intra_doc_links)]
 
 pub mod builtin;
 pub mod cli;
@@ -84,8 +86,8 @@ pub mod http1;
 pub mod identity;
 pub mod log;
 pub mod pool;
-pub mod python;
 pub mod proxy_protocol;
+pub mod python;
 pub mod server;
 pub mod shard;
 pub mod stats;

@@ -57,9 +57,7 @@ fn serve(options: &Options) -> Result<(), Failure> {
     let concurrency = std::env::var("WEB_CONCURRENCY").ok();
     let server = match Target::from_text(text).map_err(Failure::Target)? {
         Target::Builtin(builtin) => Server::with_handler(builtin).target(builtin.name()),
-        Target::Python(app) => {
-            Server::with_python(options.python_app(&app, concurrency.as_deref()).map_err(Failure::Usage)?)
-        }
+        Target::Python(app) => Server::with_python(options.python_app(&app, concurrency.as_deref()).map_err(Failure::Usage)?),
         Target::Unsupported(what) => {
             return Err(Failure::Target(Usage(format!(
                 "{text} looks like {what}, which this version cannot serve yet; try: builtin:welcome"
@@ -111,7 +109,8 @@ impl WithFile for Options {
             None if Path::new(CONFIG_FILE).exists() => CONFIG_FILE.into(),
             None => return Ok(self),
         };
-        let text = fs::read_to_string(&path).map_err(|error| Usage(format!("cannot read {}: {error}; try: --config FILE", path.display())))?;
+        let text =
+            fs::read_to_string(&path).map_err(|error| Usage(format!("cannot read {}: {error}; try: --config FILE", path.display())))?;
         let file = toml::from_str(&text).map_err(|error| Usage(format!("{}: {error}", path.display())))?;
         Ok(self.over(file))
     }

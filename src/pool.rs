@@ -26,9 +26,9 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 
 use crate::{
     config::Config,
+    disk::{Disk, Done, Home, Job as DiskJob},
     driver::{Token, waker::Waker},
     exchange::{Exchange, Micros},
-    disk::{Disk, Done, Home, Job as DiskJob},
     handler::{Body, Handler},
     shard::engine,
     stats::Stats,
@@ -69,8 +69,8 @@ pub(crate) struct Errand {
     pub home: usize,
     /// Its ticket says already that it runs: the process that had it is gone.
     pub started: bool,
-    /// A process has died over it.
-    pub again: bool,
+    /// The process that died over it.
+    pub lost_with: Option<u64>,
 }
 
 /// What comes home to a ring thread.
@@ -117,7 +117,17 @@ impl Pools {
             let (jobs, jobs_taken) = bounded(config.limits.queue_max + COMING_BACK);
             let (answers, answers_taken) = unbounded();
             let (bells, bells_heard) = bounded(BELLS);
-            Core { bells, bells_heard, jobs, jobs_taken, answers, answers_taken, idle: AtomicUsize::new(0), able: AtomicUsize::new(0), waker: OnceLock::new() }
+            Core {
+                bells,
+                bells_heard,
+                jobs,
+                jobs_taken,
+                answers,
+                answers_taken,
+                idle: AtomicUsize::new(0),
+                able: AtomicUsize::new(0),
+                waker: OnceLock::new(),
+            }
         };
         Arc::new(Pools {
             cores: (0..cores).map(core).collect(),
@@ -129,7 +139,13 @@ impl Pools {
     }
 
     /// Starts the handler threads. `place` says which CPU those of a core run on.
-    pub fn start(self: &Arc<Pools>, handler: &Arc<dyn Handler>, stats: &[Arc<Stats>], clock: Clock, place: impl Fn(usize) -> Option<CoreId>) {
+    pub fn start(
+        self: &Arc<Pools>,
+        handler: &Arc<dyn Handler>,
+        stats: &[Arc<Stats>],
+        clock: Clock,
+        place: impl Fn(usize) -> Option<CoreId>,
+    ) {
         for (core, stats) in stats.iter().enumerate() {
             self.cores[core].able.fetch_add(self.handlers_per_core, Ordering::Relaxed);
             for index in 0..self.handlers_per_core {
@@ -257,7 +273,8 @@ impl Pools {
         own.idle.fetch_add(1, Ordering::SeqCst);
         // Either this look sees what was just put in, or `ring` sees that somebody waits.
         fence(Ordering::SeqCst);
-        let found = if own.jobs_taken.is_empty() {
+        let waits = |core: &Core| !core.jobs_taken.is_empty() && core.idle.load(Ordering::SeqCst) == 0;
+        let found = if own.jobs_taken.is_empty() && !self.cores.iter().any(waits) {
             crossbeam_channel::select! {
                 recv(own.bells_heard) -> _ => None,
                 recv(orders) -> order => Some(order.ok()),
@@ -269,10 +286,15 @@ impl Pools {
         found
     }
 
-    /// Wakes as many of those that wait for requests of a core as there are requests.
+    /// Wakes as many of those that wait for requests as there are requests of this core: its own couriers, or those of a
+    /// neighbour when all of its own are busy.
     fn ring(&self, core: &Core) {
         fence(Ordering::SeqCst);
-        let wanted = core.jobs_taken.len().min(core.idle.load(Ordering::SeqCst));
+        let waiting = core.jobs_taken.len();
+        let idle = |core: &Core| core.idle.load(Ordering::SeqCst);
+        let busy = waiting > 0 && idle(core) == 0;
+        let core = if busy { self.cores.iter().find(|core| idle(core) > 0).unwrap_or(core) } else { core };
+        let wanted = waiting.min(idle(core));
         for _ in core.bells.len()..wanted {
             // Full: more than enough are being woken.
             let _ = core.bells.try_send(());
@@ -396,7 +418,7 @@ impl Desk {
         if core.jobs_taken.len() >= self.pools.queue_max {
             return Err(exchange);
         }
-        let errand = Errand { exchange, home: self.core, started: false, again: false };
+        let errand = Errand { exchange, home: self.core, started: false, lost_with: None };
         core.jobs.try_send(Job::Run(errand)).map_err(|error| match error {
             TrySendError::Full(job) | TrySendError::Disconnected(job) => match job {
                 Job::Run(errand) => errand.exchange,

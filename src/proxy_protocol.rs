@@ -259,9 +259,16 @@ mod tests {
 
     #[test]
     fn version_2_is_refused_when_it_is_not_what_it_should_be() {
-        for (command, family, bytes) in
-            [(0x11, 0x11, 12), (0x22, 0x11, 12), (0x31, 0x11, 12), (0x21, 0x12, 12), (0x21, 0x41, 12), (0x21, 0x11, 11), (0x21, 0x21, 35), (0x21, 0x31, 215)]
-        {
+        for (command, family, bytes) in [
+            (0x11, 0x11, 12),
+            (0x22, 0x11, 12),
+            (0x31, 0x11, 12),
+            (0x21, 0x12, 12),
+            (0x21, 0x41, 12),
+            (0x21, 0x11, 11),
+            (0x21, 0x21, 35),
+            (0x21, 0x31, 215),
+        ] {
             assert_eq!(fault(&v2(command, family, &vec![0; bytes])), Some(Fault::Malformed), "{command:x} {family:x}");
         }
         assert_eq!(done(&v2(0x20, 0, &[0; 4096])).as_deref(), Some("nobody"));

@@ -450,7 +450,8 @@ fn a_handler_shares_what_it_captures() {
     let _alone = alone();
     let seen = Arc::new(AtomicUsize::new(0));
     let count = seen.clone();
-    let config = Config { bind: vec![Bind::Tcp("127.0.0.1:0".into())], cores: Cores::Count(1), backend: Backend::Epoll, ..Config::default() };
+    let config =
+        Config { bind: vec![Bind::Tcp("127.0.0.1:0".into())], cores: Cores::Count(1), backend: Backend::Epoll, ..Config::default() };
     let handler = move |_: &Request<'_>| format!("{}", count.fetch_add(1, Ordering::SeqCst));
     let running = Server::new(handler).config(config).start().expect("started");
     let address = running.addresses()[0].strip_prefix("http://").expect("TCP").to_owned();

@@ -4,9 +4,14 @@ use std::{fs, path::Path};
 
 use uringd::{http1::fuzzing, proxy_protocol};
 
+/// A fuzz function: takes any bytes, panics when a promise is broken.
+type Target = fn(&[u8]);
+
+type Target = fn(&[u8]);
+
 #[test]
 fn every_find_of_the_fuzzer_stays_mended() {
-    let targets: [(&str, fn(&[u8])); 3] =
+    let targets: [(&str, Target); 3] =
         [("connection", fuzzing::fuzz_connection), ("chunked", fuzzing::fuzz_chunked), ("proxy_protocol", proxy_protocol::fuzz)];
     for (name, target) in targets {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/finds").join(name);

@@ -186,7 +186,8 @@ fn the_client_stays_the_same_for_all_requests_of_a_connection() {
 fn a_connection_without_a_proxy_header_is_closed_without_a_word() {
     each_backend(proxied, |address, running| {
         let begun = Instant::now();
-        let cases: [&[u8]; 5] = [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"PROXY nonsense\r\n", b"PROXY TCP4 1", b"", &v2(0x21, 0x11, &[0; 3])];
+        let cases: [&[u8]; 5] =
+            [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"PROXY nonsense\r\n", b"PROXY TCP4 1", b"", &v2(0x21, 0x11, &[0; 3])];
         for bytes in cases {
             assert_eq!(exchange(address, &[bytes]), "", "{bytes:?}");
         }
@@ -251,7 +252,8 @@ fn connections_per_client_are_counted_for_the_client_and_not_for_the_proxy() {
 fn environment(permit: Permit) -> impl Fn(&Request<'_>) -> Response + Send + Sync + 'static {
     let stats = Stats::default();
     move |request| {
-        let names: Vec<String> = request.cgi_headers(permit, &stats).map(|(name, value)| format!("{name}={}", String::from_utf8_lossy(value))).collect();
+        let names: Vec<String> =
+            request.cgi_headers(permit, &stats).map(|(name, value)| format!("{name}={}", String::from_utf8_lossy(value))).collect();
         Response::text(format!("{} {}", names.join(" "), stats.names_dropped.read()))
     }
 }

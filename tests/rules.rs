@@ -56,7 +56,9 @@ fn provocations(refusal: Refusal) -> Vec<Provocation> {
         }
         Refusal::AuthorityMismatch => vec![target("http://b/"), target("http://a:80/")],
         Refusal::BareCr => vec![get("X: a\rb\r\n"), "GET / HTTP/1.1\rHost: a\r\n\r\n".into(), chunked("5\r5")],
-        Refusal::BareLf => vec!["GET / HTTP/1.1\nHost: a\r\n\r\n".into(), get("X: a\n"), get("X: a\r\n\n"), chunked("5\nhello\r\n0\r\n\r\n")],
+        Refusal::BareLf => {
+            vec!["GET / HTTP/1.1\nHost: a\r\n\r\n".into(), get("X: a\n"), get("X: a\r\n\n"), chunked("5\nhello\r\n0\r\n\r\n")]
+        }
         Refusal::BodyTooLarge => vec![get("Content-Length: 1048577\r\n"), chunked("100001\r\n"), chunked("1\r\nx\r\n100000\r\n")],
         Refusal::ChunkDataUnterminated => vec![chunked("3\r\nabcd\r\n0\r\n\r\n"), chunked("3\r\nabc\n0\r\n\r\n")],
         Refusal::ChunkExtensionBad => vec![chunked("3;\r\n"), chunked("3;a=\r\n"), chunked("3;a=\"b\r\n"), chunked("3;a\0\r\n")],
@@ -66,18 +68,38 @@ fn provocations(refusal: Refusal) -> Vec<Provocation> {
         Refusal::ChunkSizeOverflow => vec![chunked("10000000000000000\r\n"), chunked("00000000000000003\r\n")],
         Refusal::CodingUnsupported => vec![get("Transfer-Encoding: gzip, chunked\r\n")],
         Refusal::ConnectUnsupported => vec!["CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n".into()],
-        Refusal::ContentLengthBad => ["+5", "-5", "5, 5", "0x5", "5 5", "", "5;", "\u{a0}5"].map(|length| get(&format!("Content-Length: {length}\r\n"))).into(),
-        Refusal::ContentLengthOverflow => ["9223372036854775808", "18446744073709551621"].map(|length| get(&format!("Content-Length: {length}\r\n"))).into(),
-        Refusal::ContentLengthRepeated => vec![get("Content-Length: 5\r\nContent-Length: 5\r\n"), get("content-length: 0\r\nX: y\r\nCONTENT-LENGTH: 5\r\n")],
-        Refusal::ContentLengthWithCoding => vec![get("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"), get("Transfer-Encoding: chunked\r\nContent-Length: 0\r\n")],
+        Refusal::ContentLengthBad => {
+            ["+5", "-5", "5, 5", "0x5", "5 5", "", "5;", "\u{a0}5"].map(|length| get(&format!("Content-Length: {length}\r\n"))).into()
+        }
+        Refusal::ContentLengthOverflow => {
+            ["9223372036854775808", "18446744073709551621"].map(|length| get(&format!("Content-Length: {length}\r\n"))).into()
+        }
+        Refusal::ContentLengthRepeated => {
+            vec![get("Content-Length: 5\r\nContent-Length: 5\r\n"), get("content-length: 0\r\nX: y\r\nCONTENT-LENGTH: 5\r\n")]
+        }
+        Refusal::ContentLengthWithCoding => {
+            vec![get("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n"), get("Transfer-Encoding: chunked\r\nContent-Length: 0\r\n")]
+        }
         Refusal::EmptyLines => vec![format!("\r\n\r\n{}", get(""))],
         Refusal::ExpectationUnknown => vec![get("Expect: 200-ok\r\n"), get("Expect: 100-continue\r\nExpect: x\r\n")],
         Refusal::FieldFolded => vec![get("X: a\r\n b\r\n"), "GET / HTTP/1.1\r\n Host: a\r\n\r\n".into(), chunked("0\r\n X: y\r\n\r\n")],
-        Refusal::FieldNameBad => vec![get(": a\r\n"), get("X\0: a\r\n"), get("X\u{e9}: a\r\n"), get("(X): a\r\n"), chunked("0\r\nX/Y: a\r\n\r\n")],
+        Refusal::FieldNameBad => {
+            vec![get(": a\r\n"), get("X\0: a\r\n"), get("X\u{e9}: a\r\n"), get("(X): a\r\n"), chunked("0\r\nX/Y: a\r\n\r\n")]
+        }
         Refusal::FieldNameSpace => vec![get("X : a\r\n"), get("X Y: a\r\n"), get("Transfer-Encoding\t: chunked\r\n")],
-        Refusal::FieldRepeated => ["Authorization", "Content-Range", "Content-Type", "If-Modified-Since", "If-Range", "If-Unmodified-Since", "Max-Forwards", "Proxy-Authorization", "Range"]
-            .map(|name| get(&format!("{name}: 1\r\nX: y\r\n{}: 1\r\n", name.to_lowercase())))
-            .into(),
+        Refusal::FieldRepeated => [
+            "Authorization",
+            "Content-Range",
+            "Content-Type",
+            "If-Modified-Since",
+            "If-Range",
+            "If-Unmodified-Since",
+            "Max-Forwards",
+            "Proxy-Authorization",
+            "Range",
+        ]
+        .map(|name| get(&format!("{name}: 1\r\nX: y\r\n{}: 1\r\n", name.to_lowercase())))
+        .into(),
         Refusal::FieldTooLong => vec![get(&format!("X: {}\r\n", long(9000))), chunked(&format!("0\r\nX: {}\r\n\r\n", long(9000)))],
         Refusal::FieldValueControl => vec![get("X: a\0b\r\n"), get("X: a\u{7f}b\r\n"), get("X: \u{1}\r\n"), get("Host\u{3a}\u{b}\r\n")],
         Refusal::FieldWithoutColon => vec![get("X\r\n"), get("Content-Length\r\n")],
@@ -93,7 +115,9 @@ fn provocations(refusal: Refusal) -> Vec<Provocation> {
         Refusal::MethodBad => vec!["G\0T / HTTP/1.1\r\n\r\n".into(), "\u{16}\u{3}\u{1}".into(), "G(T / HTTP/1.1\r\n\r\n".into()],
         Refusal::MethodCase => vec!["get / HTTP/1.1\r\nHost: a\r\n\r\n".into(), "Post / HTTP/1.1\r\nHost: a\r\n\r\n".into()],
         Refusal::MethodTooLong => vec![format!("{} / HTTP/1.1\r\nHost: a\r\n\r\n", "M".repeat(33))],
-        Refusal::RequestLineBad => vec!["GET /\r\nHost: a\r\n\r\n".into(), "GET  / HTTP/1.1\r\n".into(), " GET / HTTP/1.1\r\n".into(), "GET\r\n\r\n".into()],
+        Refusal::RequestLineBad => {
+            vec!["GET /\r\nHost: a\r\n\r\n".into(), "GET  / HTTP/1.1\r\n".into(), " GET / HTTP/1.1\r\n".into(), "GET\r\n\r\n".into()]
+        }
         Refusal::RequestLineTooLong => vec![target(&format!("/{}", long(9000)))],
         Refusal::TargetBad => vec![target("/\u{e9}"), target("/\u{7f}"), target("/\ta")],
         Refusal::TargetDoubleSlash => vec![target("//evil.example/%2e%2e"), target("//"), target("http://a//b")],
@@ -102,13 +126,21 @@ fn provocations(refusal: Refusal) -> Vec<Provocation> {
         Refusal::TargetScheme => vec![target("ftp://a/"), target("ws://a/")],
         Refusal::TargetUserinfo => vec![target("http://u@a/"), target("http://u:p@a/")],
         Refusal::TrailersTooLarge => vec![chunked(&format!("0\r\n{}\r\n", format!("X: {}\r\n", long(6000)).repeat(3)))],
-        Refusal::TransferEncodingBad => ["", "x", "chunked, gzip", "chunked, chunked", "chunked,", "\"chunked\"", "chunked;a", "xchunked", "identity", ",chunked"]
-            .map(|coding| get(&format!("Transfer-Encoding: {coding}\r\n")))
-            .into(),
+        Refusal::TransferEncodingBad => {
+            ["", "x", "chunked, gzip", "chunked, chunked", "chunked,", "\"chunked\"", "chunked;a", "xchunked", "identity", ",chunked"]
+                .map(|coding| get(&format!("Transfer-Encoding: {coding}\r\n")))
+                .into()
+        }
         Refusal::TransferEncodingHttp10 => vec!["POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".into()],
         Refusal::TransferEncodingRepeated => vec![get("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")],
-        Refusal::VersionBad => ["HTTP/1.10", "http/1.1", "HTTP/1", "HTTP/1.1 ", "HTTP/ 1.1", "HTTP/1,1"].map(|version| format!("GET / {version}\r\nHost: a\r\n\r\n")).into(),
-        Refusal::VersionUnsupported => vec!["GET / HTTP/2.0\r\nHost: a\r\n\r\n".into(), "GET / HTTP/0.9\r\nHost: a\r\n\r\n".into(), "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".into()],
+        Refusal::VersionBad => ["HTTP/1.10", "http/1.1", "HTTP/1", "HTTP/1.1 ", "HTTP/ 1.1", "HTTP/1,1"]
+            .map(|version| format!("GET / {version}\r\nHost: a\r\n\r\n"))
+            .into(),
+        Refusal::VersionUnsupported => vec![
+            "GET / HTTP/2.0\r\nHost: a\r\n\r\n".into(),
+            "GET / HTTP/0.9\r\nHost: a\r\n\r\n".into(),
+            "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".into(),
+        ],
         other => panic!("tests/rules.rs does not know how to provoke {other:?}"),
     };
     // One character is one byte, so that bytes above 0x7f can be written down.
@@ -239,9 +271,13 @@ fn rs_01_to_03_answers_without_a_body_have_none_whatever_the_handler_says() {
     each_backend(
         |_| {},
         |address| {
-            for (method, path, status) in
-                [("HEAD", "/", "200"), ("GET", "/status/204", "204"), ("GET", "/status/304", "304"), ("GET", "/status/204-stream", "204"), ("HEAD", "/stream", "200")]
-            {
+            for (method, path, status) in [
+                ("HEAD", "/", "200"),
+                ("GET", "/status/204", "204"),
+                ("GET", "/status/304", "304"),
+                ("GET", "/status/204-stream", "204"),
+                ("HEAD", "/stream", "200"),
+            ] {
                 let all = answers(address, method, path);
                 let (head, rest) = first(&all, path);
                 assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{path}: {head}");
@@ -261,7 +297,17 @@ fn rs_04_nothing_a_handler_says_can_split_an_answer() {
     each_backend(
         |_| {},
         |address| {
-            for path in ["/handler-sets-crlf-header", "/crlf/name", "/crlf/lf", "/crlf/nul", "/crlf/reason", "/crlf/type", "/crlf/space", "/status/101", "/status/99"] {
+            for path in [
+                "/handler-sets-crlf-header",
+                "/crlf/name",
+                "/crlf/lf",
+                "/crlf/nul",
+                "/crlf/reason",
+                "/crlf/type",
+                "/crlf/space",
+                "/status/101",
+                "/status/99",
+            ] {
                 let all = answers(address, "GET", path);
                 assert!(all.starts_with("HTTP/1.1 500 "), "{path}: {all}");
                 assert!(!all.to_lowercase().contains("evil"), "{path}: {all}");
@@ -297,7 +343,10 @@ fn rs_06_a_body_that_is_too_long_never_becomes_a_second_answer() {
         |address| {
             let all = answers(address, "GET", "/handler-cl-too-short");
             let (head, rest) = first(&all, "/handler-cl-too-short");
-            assert!(head.contains("\r\nContent-Length: 19") && rest.starts_with("HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 200 "), "framed by its true length: {all}");
+            assert!(
+                head.contains("\r\nContent-Length: 19") && rest.starts_with("HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 200 "),
+                "framed by its true length: {all}"
+            );
             let all = answers(address, "GET", "/stream-too-long");
             let (head, rest) = first(&all, "/stream-too-long");
             assert!(head.contains("\r\nContent-Length: 2"), "{all}");
@@ -375,7 +424,10 @@ fn rs_13_and_ka_13_a_body_that_the_handler_ignores_is_taken_in_and_never_a_reque
             let body = "GET /evil HTTP/1.1\r\nHost: a\r\n\r\n".repeat(30_000);
             let all = exchange(
                 address,
-                &format!("POST /early-4xx HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}GET /next HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", body.len()),
+                &format!(
+                    "POST /early-4xx HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}GET /next HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+                    body.len()
+                ),
             );
             assert!(all.starts_with("HTTP/1.1 403 ") && all.ends_with("path /next") && !all.contains("evil"), "{all}");
         },

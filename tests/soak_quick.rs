@@ -236,7 +236,12 @@ fn serve(backend: Backend, story: impl Fn(SocketAddr, &Running)) {
     running.stop();
     running.wait().expect("nothing is lost");
     assert_eq!(stats[0].stale.read(), 0, "{backend:?}: completions for connections that were gone");
-    assert_eq!(sockets_of(address.port()), 0, "{backend:?}: sockets of the server left open");
+    let begun = Instant::now();
+    while sockets_of(address.port()) > 0 {
+        // A close that the kernel has not carried out yet is no leak.
+        assert!(begun.elapsed() < WAIT, "{backend:?}: sockets of the server left open");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Sockets with this local port that some process still holds (an inode of 0: none does, as in TIME_WAIT).

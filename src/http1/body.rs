@@ -174,9 +174,7 @@ impl Chunked {
             (ChunkState::SizeFirst | ChunkState::Size, _) if byte.is_ascii_hexdigit() => self.size_digit(byte)?,
             (ChunkState::SizeFirst, _) => return Err(Refusal::ChunkSizeBad),
 
-            (ChunkState::Size | ChunkState::Name | ChunkState::Value | ChunkState::QuotedEnd, b'\r') => {
-                ChunkState::SizeLf
-            }
+            (ChunkState::Size | ChunkState::Name | ChunkState::Value | ChunkState::QuotedEnd, b'\r') => ChunkState::SizeLf,
             (
                 ChunkState::Size
                 | ChunkState::Semicolon
@@ -186,9 +184,7 @@ impl Chunked {
                 | ChunkState::QuotedEnd,
                 b';',
             ) => ChunkState::NameFirst,
-            (ChunkState::Size | ChunkState::Semicolon | ChunkState::Value | ChunkState::QuotedEnd, b' ' | b'\t') => {
-                ChunkState::Semicolon
-            }
+            (ChunkState::Size | ChunkState::Semicolon | ChunkState::Value | ChunkState::QuotedEnd, b' ' | b'\t') => ChunkState::Semicolon,
             (ChunkState::Size, _) => return Err(Refusal::ChunkSizeBad),
 
             (ChunkState::NameFirst, b' ' | b'\t') => ChunkState::NameFirst,
@@ -227,11 +223,7 @@ impl Chunked {
         }
         self.digits = 0;
         self.line = 0;
-        Ok(if self.remaining == 0 {
-            ChunkState::Trailers
-        } else {
-            ChunkState::Data
-        })
+        Ok(if self.remaining == 0 { ChunkState::Trailers } else { ChunkState::Data })
     }
 }
 

@@ -51,12 +51,7 @@ impl Default for Connection {
 
 impl Connection {
     pub fn new() -> Connection {
-        Connection {
-            phase: Phase::Head,
-            persistent: true,
-            scan: HeadScan::default(),
-            body: Body::Length(0),
-        }
+        Connection { phase: Phase::Head, persistent: true, scan: HeadScan::default(), body: Body::Length(0) }
     }
 
     pub fn phase(&self) -> Phase {
@@ -87,13 +82,7 @@ impl Connection {
         result
     }
 
-    fn next_head<'a>(
-        &mut self,
-        input: &'a [u8],
-        head: &mut Head,
-        limits: &Limits,
-        permit: Permit,
-    ) -> Result<(usize, Event<'a>), Refusal> {
+    fn next_head<'a>(&mut self, input: &'a [u8], head: &mut Head, limits: &Limits, permit: Permit) -> Result<(usize, Event<'a>), Refusal> {
         let length = match self.first_look(input, head, limits, permit) {
             Some(length) => length,
             None => match self.scan.run(input, limits)? {
@@ -168,9 +157,7 @@ impl Connection {
     /// The answer has left. The next request is looked at only if `keep_alive`, the request that was answered and the
     /// absence of a refusal agree.
     pub fn flushed(&mut self, keep_alive: bool) {
-        self.step(Step::Flushed {
-            keep_alive: keep_alive && self.persistent,
-        });
+        self.step(Step::Flushed { keep_alive: keep_alive && self.persistent });
         self.scan = HeadScan::default();
         self.body = Body::Length(0);
     }

@@ -42,10 +42,7 @@ pub fn run(bytes: &[u8], cuts: &[usize], limits: &Limits, permit: Permit) -> Run
         match driver.feed(&bytes[consumed..end]) {
             Ok(count) => consumed += count,
             Err(end) => {
-                return Run {
-                    requests: driver.requests,
-                    end,
-                };
+                return Run { requests: driver.requests, end };
             }
         }
     }
@@ -53,10 +50,7 @@ pub fn run(bytes: &[u8], cuts: &[usize], limits: &Limits, permit: Permit) -> Run
         Ok(()) => End::Open,
         Err(refusal) => End::Refused(refusal),
     };
-    Run {
-        requests: driver.requests,
-        end,
-    }
+    Run { requests: driver.requests, end }
 }
 
 struct Driver<'a> {
@@ -71,14 +65,7 @@ struct Driver<'a> {
 
 impl<'a> Driver<'a> {
     fn new(limits: &'a Limits, permit: Permit) -> Driver<'a> {
-        Driver {
-            connection: Connection::new(),
-            head: Head::default(),
-            limits,
-            permit,
-            requests: Vec::new(),
-            current: None,
-        }
+        Driver { connection: Connection::new(), head: Head::default(), limits, permit, requests: Vec::new(), current: None }
     }
 
     /// Takes all events out of `input`; returns how many bytes they consumed.
@@ -87,9 +74,7 @@ impl<'a> Driver<'a> {
         loop {
             let rest = &input[at..];
             let phase = self.connection.phase();
-            let event = self
-                .connection
-                .next_event(rest, &mut self.head, self.limits, self.permit);
+            let event = self.connection.next_event(rest, &mut self.head, self.limits, self.permit);
             let (count, event) = match event {
                 Ok(happened) => happened,
                 Err(refusal) => {
@@ -104,10 +89,7 @@ impl<'a> Driver<'a> {
                     assert!(phase == Phase::Body || count == 0, "an incomplete head was consumed");
                     assert!(phase == Phase::Head || at == input.len(), "body bytes were left over");
                     assert_eq!(self.connection.phase(), phase);
-                    assert_eq!(
-                        self.connection.request_begun(),
-                        phase == Phase::Body || !rest.is_empty()
-                    );
+                    assert_eq!(self.connection.request_begun(), phase == Phase::Body || !rest.is_empty());
                     return Ok(at);
                 }
                 Event::Head => self.head_complete(&rest[..count]),
@@ -132,11 +114,7 @@ impl<'a> Driver<'a> {
         assert_eq!(self.connection.phase(), Phase::Body);
         assert!(self.current.is_none());
         check_head(&self.head, bytes, self.limits);
-        self.current = Some(Request {
-            head: self.head.clone(),
-            head_bytes: bytes.to_vec(),
-            body: Vec::new(),
-        });
+        self.current = Some(Request { head: self.head.clone(), head_bytes: bytes.to_vec(), body: Vec::new() });
     }
 
     fn request_complete(&mut self) {
@@ -167,9 +145,7 @@ impl<'a> Driver<'a> {
     }
 
     fn paused(&mut self) {
-        let event = self
-            .connection
-            .next_event(b"GET /evil HTTP/1.1\r\n\r\n", &mut self.head, self.limits, self.permit);
+        let event = self.connection.next_event(b"GET /evil HTTP/1.1\r\n\r\n", &mut self.head, self.limits, self.permit);
         assert_eq!(event, Ok((0, Event::Paused)));
     }
 }
@@ -183,17 +159,10 @@ fn check_head(head: &Head, bytes: &[u8], limits: &Limits) {
     assert!(!head.method.is_empty() && !head.target.is_empty() && !head.path.is_empty());
     assert_eq!(head.is_head, head.method.of(bytes) == b"HEAD");
     assert!(head.target.start <= head.path.start && head.path.end <= head.target.end);
-    assert!(
-        head.query
-            .is_none_or(|query| query.end == head.target.end && bytes[query.start as usize - 1] == b'?')
-    );
+    assert!(head.query.is_none_or(|query| query.end == head.target.end && bytes[query.start as usize - 1] == b'?'));
     let line_feeds = bytes.iter().filter(|byte| **byte == b'\n').count();
     let empty_lines = if bytes.starts_with(b"\r\n") { 2 } else { 1 };
-    assert_eq!(
-        line_feeds,
-        1 + head.fields.len() + empty_lines,
-        "a line was hidden in another"
-    );
+    assert_eq!(line_feeds, 1 + head.fields.len() + empty_lines, "a line was hidden in another");
     let mut end = head.target.end;
     for field in &head.fields {
         assert!(end < field.name.start && field.name.end < field.value.start && field.value.start <= field.value.end);
@@ -236,11 +205,7 @@ pub fn fuzz_chunked(data: &[u8]) {
     let permit = Permit::default();
     let sent = [CHUNKED_HEAD, bytes].concat();
     let shifted: Vec<usize> = cuts.iter().map(|cut| cut + CHUNKED_HEAD.len()).collect();
-    assert_eq!(
-        run(&sent, &[], &limits, permit),
-        run(&sent, &shifted, &limits, permit),
-        "cut at {cuts:?}"
-    );
+    assert_eq!(run(&sent, &[], &limits, permit), run(&sent, &shifted, &limits, permit), "cut at {cuts:?}");
 
     let mut encoded = CHUNKED_HEAD.to_vec();
     let mut start = 0;

@@ -38,6 +38,7 @@ mod target;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use self::target::is_host;
 pub use self::{
     body::Framing,
     connection::{Connection, Event},
@@ -45,4 +46,3 @@ pub use self::{
     request::{Field, Head, Span, Version, is_forwarding},
     state::Phase,
 };
-pub(crate) use self::target::is_host;

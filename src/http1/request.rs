@@ -76,10 +76,7 @@ pub enum Version {
 impl Span {
     /// Offsets fit into 32 bits because no head is longer; `parse` sees to it.
     pub(super) fn new(start: usize, end: usize) -> Span {
-        Span {
-            start: start as u32,
-            end: end as u32,
-        }
+        Span { start: start as u32, end: end as u32 }
     }
 
     /// Where `piece`, a part of the `bytes` at address `base`, is in them.
@@ -89,10 +86,7 @@ impl Span {
     }
 
     fn moved_by(self, offset: u32) -> Span {
-        Span {
-            start: self.start + offset,
-            end: self.end + offset,
-        }
+        Span { start: self.start + offset, end: self.end + offset }
     }
 
     /// The piece itself. `bytes` are those the span was made from.
@@ -156,11 +150,7 @@ fn parse_into<'a>(
     let (Some(method), Some(target)) = (request.method, request.path) else {
         return Err(Refusal::RequestLineBad);
     };
-    let version = if request.version == Some(0) {
-        Version::Http10
-    } else {
-        Version::Http11
-    };
+    let version = if request.version == Some(0) { Version::Http10 } else { Version::Http11 };
 
     let base = input.as_ptr() as usize;
     check_method(method.as_bytes())?;
@@ -206,8 +196,10 @@ fn read_fields(
     let end = head.len() - 2;
     let first = headers.first().map_or(end, |first| first.name.as_ptr() as usize - base);
     let mut all_crlf = head[first - 2] == b'\r' && head[end - 2] == b'\r' && head[end] == b'\r';
-    // Not cleared and pushed to: a warm list has its length already.
-    fields.resize(headers.len(), Field::default());
+    // Not cleared and pushed to: a warm list often has its length already.
+    if fields.len() != headers.len() {
+        fields.resize(headers.len(), Field::default());
+    }
     let (mut marks, other) = note_places(head, headers, fields);
     all_crlf &= other == 0;
     let mut meaning = Meaning::default();
@@ -276,9 +268,7 @@ fn check_method(method: &[u8]) -> Result<(), Refusal> {
 }
 
 /// RFC 9110 section 9.3 and RFC 5789.
-const METHODS: [&[u8]; 9] = [
-    b"CONNECT", b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT", b"TRACE",
-];
+const METHODS: [&[u8]; 9] = [b"CONNECT", b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT", b"TRACE"];
 
 /// What the fields say about the request as a whole.
 #[derive(Default)]
@@ -448,13 +438,7 @@ impl Meaning {
     /// that says otherwise is refused.
     // Inlined, like `framing`: their results are of a shape that is slow to hand over in memory.
     #[inline(always)]
-    fn host(
-        &self,
-        authority: Option<Span>,
-        version: Version,
-        input: &[u8],
-        permit: Permit,
-    ) -> Result<Option<Span>, Refusal> {
+    fn host(&self, authority: Option<Span>, version: Version, input: &[u8], permit: Permit) -> Result<Option<Span>, Refusal> {
         let Some(host) = self.host else {
             return match version {
                 Version::Http11 if !permit.host_missing => Err(Refusal::HostMissing),
@@ -465,9 +449,7 @@ impl Meaning {
             return Err(Refusal::HostBad);
         }
         match authority {
-            Some(authority) if !authority.of(input).eq_ignore_ascii_case(host.of(input)) => {
-                Err(Refusal::AuthorityMismatch)
-            }
+            Some(authority) if !authority.of(input).eq_ignore_ascii_case(host.of(input)) => Err(Refusal::AuthorityMismatch),
             _ => Ok(Some(host)),
         }
     }
@@ -519,9 +501,7 @@ fn content_length(value: &[u8]) -> Result<u64, Refusal> {
     }
     value
         .iter()
-        .try_fold(0_i64, |length, digit| {
-            length.checked_mul(10)?.checked_add(i64::from(digit - b'0'))
-        })
+        .try_fold(0_i64, |length, digit| length.checked_mul(10)?.checked_add(i64::from(digit - b'0')))
         .map(i64::unsigned_abs)
         .ok_or(Refusal::ContentLengthOverflow)
 }
@@ -537,11 +517,7 @@ fn check_coding(value: &[u8]) -> Result<(), Refusal> {
     let mut codings = value.rsplit(|byte| *byte == b',').map(trim_ows);
     let chunked_last = codings.next().is_some_and(|last| last.eq_ignore_ascii_case(b"chunked"));
     let others_plausible = codings.all(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"chunked"));
-    Err(if chunked_last && others_plausible {
-        Refusal::CodingUnsupported
-    } else {
-        Refusal::TransferEncodingBad
-    })
+    Err(if chunked_last && others_plausible { Refusal::CodingUnsupported } else { Refusal::TransferEncodingBad })
 }
 
 /// Without the spaces and tabs around it (RFC 9110 section 5.6.3).

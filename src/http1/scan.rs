@@ -95,10 +95,7 @@ impl HeadScan {
 
     fn request_line(&mut self, byte: u8, input: &[u8], limits: &Limits) -> Result<HeadState, Refusal> {
         let length = (self.at - self.line_start) as usize;
-        let ending = matches!(
-            self.state,
-            HeadState::EmptyLineLf | HeadState::VersionLf | HeadState::ShortLineLf
-        );
+        let ending = matches!(self.state, HeadState::EmptyLineLf | HeadState::VersionLf | HeadState::ShortLineLf);
         if length >= limits.request_line_bytes_max && byte != b'\r' && !ending {
             return Err(Refusal::RequestLineTooLong);
         }
@@ -246,10 +243,7 @@ impl FieldLines {
         if self.state != FieldState::Value {
             return 0;
         }
-        let room = limits
-            .field_bytes_max
-            .saturating_sub(self.line as usize)
-            .min(bytes.len());
+        let room = limits.field_bytes_max.saturating_sub(self.line as usize).min(bytes.len());
         let count = bytes[..room].iter().take_while(|byte| is_field_byte(**byte)).count() as u32;
         self.line += count;
         count

@@ -38,13 +38,7 @@ pub enum Step {
 }
 
 impl Phase {
-    pub const ALL: [Phase; 5] = [
-        Phase::Head,
-        Phase::Body,
-        Phase::Handling,
-        Phase::Responding,
-        Phase::Closing,
-    ];
+    pub const ALL: [Phase; 5] = [Phase::Head, Phase::Body, Phase::Handling, Phase::Responding, Phase::Closing];
 
     /// The only place a connection changes phase. `None` is a bug in the caller, not in the peer.
     pub fn after(self, step: Step) -> Option<Phase> {
@@ -61,12 +55,6 @@ impl Phase {
 }
 
 impl Step {
-    pub const ALL: [Step; 6] = [
-        Step::HeadEnd,
-        Step::BodyEnd,
-        Step::Respond,
-        Step::Fail,
-        Step::Flushed { keep_alive: true },
-        Step::Flushed { keep_alive: false },
-    ];
+    pub const ALL: [Step; 6] =
+        [Step::HeadEnd, Step::BodyEnd, Step::Respond, Step::Fail, Step::Flushed { keep_alive: true }, Step::Flushed { keep_alive: false }];
 }

@@ -56,11 +56,7 @@ impl Target {
     #[inline(always)]
     fn from_path(target: &[u8], start: usize, question: Option<usize>, authority: Option<Span>) -> Target {
         let end = target.len();
-        Target {
-            path: Span::new(start, question.unwrap_or(end)),
-            query: question.map(|question| Span::new(question + 1, end)),
-            authority,
-        }
+        Target { path: Span::new(start, question.unwrap_or(end)), query: question.map(|question| Span::new(question + 1, end)), authority }
     }
 
     /// "a server MUST accept the absolute-form in requests even though most HTTP/1.1 clients will only send the
@@ -71,11 +67,7 @@ impl Target {
         };
         let scheme = &target[..colon];
         if !scheme.eq_ignore_ascii_case(b"http") && !scheme.eq_ignore_ascii_case(b"https") {
-            return Err(if is_scheme(scheme) {
-                Refusal::TargetScheme
-            } else {
-                Refusal::TargetForm
-            });
+            return Err(if is_scheme(scheme) { Refusal::TargetScheme } else { Refusal::TargetForm });
         }
         let start = colon + 3;
         let rest = &target[start..];
@@ -139,9 +131,7 @@ fn is_plain_name(bytes: &[u8]) -> bool {
 fn is_plain_piece(piece: [u8; 8]) -> bool {
     const ONES: u64 = u64::from_ne_bytes([1; 8]);
     const HIGH: u64 = ONES << 7;
-    let within = |bytes: u64, first: u8, last: u8| {
-        (bytes + ONES * u64::from(0x80 - first)) & !(bytes + ONES * u64::from(0x7f - last))
-    };
+    let within = |bytes: u64, first: u8, last: u8| (bytes + ONES * u64::from(0x80 - first)) & !(bytes + ONES * u64::from(0x7f - last));
     let bytes = u64::from_le_bytes(piece);
     if bytes & HIGH != 0 {
         return false;

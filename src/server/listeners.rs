@@ -204,7 +204,7 @@ mod tests {
     fn a_port_that_somebody_listens_on_is_refused() {
         let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = taken.local_addr().expect("bound").to_string();
-        let error = Listeners::open(&[Bind::Tcp(address)], 2, 16).err().expect("taken").to_string();
+        let error = Listeners::open(&[Bind::Tcp(address)], 2, 16).expect_err("taken").to_string();
         assert!(error.contains("cannot listen on 127.0.0.1:") && error.contains("try:"), "{error}");
     }
 

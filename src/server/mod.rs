@@ -33,7 +33,7 @@ use crate::{
     handler::{Handler, Request, Response},
     pool::{Clock, Pools},
     python::{
-        PythonApp, Workers,
+        PythonApp, Surroundings, Workers,
         courier::{Report, Reporter},
     },
     shard::{
@@ -148,7 +148,8 @@ impl Server {
 
         let clock = Clock::new();
         let stats: Vec<Arc<Stats>> = cpus.iter().map(|_| Arc::default()).collect();
-        let disk = Disk::start(self.config.spool_directory.clone()).map_err(|source| Error::Start { what: "the disk's threads", source })?;
+        let disk =
+            Disk::start(self.config.spool_directory.clone()).map_err(|source| Error::Start { what: "the disk's threads", source })?;
         let quota = Arc::new(Quota::new(self.config.limits.spool_bytes_max));
         if self.python.is_some() {
             self.config.handlers = 0;
@@ -158,7 +159,18 @@ impl Server {
             Some(app) => {
                 let places = handler_cpus.as_ref().unwrap_or(&cpus);
                 let places: Vec<CoreId> = (0..cpus.len()).map(|core| places[core % places.len()]).collect();
-                let workers = Workers::start(app, pools.clone(), &self.config, &places, &listeners.addresses(), clock, &stats, &control)?;
+                let workers = Workers::start(
+                    app,
+                    Surroundings {
+                        pools: pools.clone(),
+                        config: &self.config,
+                        cpus: &places,
+                        addresses: &listeners.addresses(),
+                        clock,
+                        stats: &stats,
+                        control: &control,
+                    },
+                )?;
                 let _ = count.set(workers.reporter());
                 Some(workers)
             }
@@ -413,7 +425,10 @@ fn limit_connections(config: &mut Config, cores: usize) {
         let raised = limit.maximum.map_or(wanted, |maximum| maximum.min(wanted)).max(current);
         let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum: limit.maximum });
         if raised < wanted {
-            tracing::debug!("RLIMIT_NOFILE allows {raised} descriptors; {wanted} would be needed for {} connections per core; try: ulimit -n {wanted}", config.limits.connections_max);
+            tracing::debug!(
+                "RLIMIT_NOFILE allows {raised} descriptors; {wanted} would be needed for {} connections per core; try: ulimit -n {wanted}",
+                config.limits.connections_max
+            );
         }
     }
 }

@@ -111,6 +111,8 @@ pub struct Engine {
     /// Where heads are parsed into before anybody owns them.
     head: Head,
     buffers: Vec<Vec<u8>>,
+    // Boxed all the way: the boxes themselves go to the pool and come back.
+    #[allow(clippy::vec_box)]
     exchanges: Vec<Box<Exchange>>,
     pub(super) planted: Planted,
 }
@@ -733,7 +735,9 @@ impl Engine {
         match response.body {
             Body::Stream(_) | Body::File { .. } => self.send_later(key, response.body, framing),
             // While the disk is at the request's body (which is refused then), its outcome could not be told from this one's.
-            Body::Owned(bytes) if framing != BodyFraming::None && !slot.spooling && self.response_memory > self.limits.response_memory_total_bytes_max => {
+            Body::Owned(bytes)
+                if framing != BodyFraming::None && !slot.spooling && self.response_memory > self.limits.response_memory_total_bytes_max =>
+            {
                 self.send_through_file(key, bytes, framing);
             }
             body if framing != BodyFraming::None => slot.put_body(body),
@@ -1040,7 +1044,11 @@ impl Periods {
             Stage::Lingering => return Some((slot.progress + self.linger).min(slot.linger_until)),
             Stage::Open => {}
         }
-        let send = if slot.is_flushed() { None } else { Some((slot.progress + self.send).min((slot.busy_since + self.send_rate_grace).max(now + 1_000_000))) };
+        let send = if slot.is_flushed() {
+            None
+        } else {
+            Some((slot.progress + self.send).min((slot.busy_since + self.send_rate_grace).max(now + 1_000_000)))
+        };
         let phase = match &slot.ticket {
             Some(ticket) => match ticket.progress() {
                 Progress::RunningSince(since) => Some(since + self.run),
@@ -1056,7 +1064,9 @@ impl Periods {
                     Some((slot.progress + self.body_idle).min(rate))
                 }
                 Phase::Handling => Some(slot.progress + self.body_idle),
-                Phase::Responding if slot.outgoing.as_ref().is_some_and(|outgoing| outgoing.waits_for_handler()) => Some(slot.since + self.run),
+                Phase::Responding if slot.outgoing.as_ref().is_some_and(|outgoing| outgoing.waits_for_handler()) => {
+                    Some(slot.since + self.run)
+                }
                 Phase::Responding | Phase::Closing => None,
             },
         };

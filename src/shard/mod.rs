@@ -141,7 +141,8 @@ pub fn run(
         engine.disk.drain(..).for_each(|job| desk.spool(job));
 
         waker.sleep();
-        let more = desk.has_answer() || !engine.dispatch.is_empty() || control.life() as u8 > 0 && stop_until.is_none() && drain_until.is_none();
+        let more =
+            desk.has_answer() || !engine.dispatch.is_empty() || control.life() as u8 > 0 && stop_until.is_none() && drain_until.is_none();
         let deadlines = [engine.next_deadline(), drain_until.filter(|_| stop_until.is_none()), stop_until];
         let timeout = match deadlines.into_iter().flatten().min() {
             _ if more || engine.is_quiet() && drain_until.is_some() => Some(Duration::ZERO),

@@ -543,7 +543,8 @@ impl World {
             return violation(Checker::Livelock, format!("woken {IDLE_WAKES_MAX} times for nothing"));
         }
         let drain_until = self.drain_until.filter(|_| self.scene.rules.life == Life::Draining);
-        let others = self.clients.iter().filter_map(|client| client.next(now)).chain(self.pool.next()).chain(self.disk.next()).chain(drain_until);
+        let others =
+            self.clients.iter().filter_map(|client| client.next(now)).chain(self.pool.next()).chain(self.disk.next()).chain(drain_until);
         match others.chain(self.engine.next_deadline()).min() {
             Some(next) => self.scene.now = next.max(now),
             None if self.are_clients_done() || self.engine.is_quiet() => {}
@@ -677,7 +678,7 @@ fn the_same_seed_tells_the_same_story() {
 const CANARIES: [(Canary, &[Checker]); 8] = [
     (Canary::ClosedInFlight, &[Checker::CloseInFlight, Checker::StaleCounted]),
     (Canary::DeadlineMissed, &[Checker::Unsettled]),
-    (Canary::NextRequestForgotten, &[Checker::Unsettled, Checker::EarlyEnd, Checker::NotArmed, Checker::Drain]),
+    (Canary::NextRequestForgotten, &[Checker::Drain, Checker::EarlyEnd, Checker::NotArmed, Checker::Unsettled, Checker::WrongAnswer]),
     (Canary::NotArmedAgain, &[Checker::NotArmed]),
     (Canary::NotWithdrawn, &[Checker::WithdrawnRuns, Checker::EarlyEnd]),
     (Canary::OldAnswerTaken, &[Checker::WrongAnswer]),

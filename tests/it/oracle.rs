@@ -59,10 +59,7 @@ pub fn read(bytes: &[u8], bounds: &Bounds) -> Reading {
     let mut rest = bytes.to_vec();
     loop {
         if rest.is_empty() || rest == b"\r\n" {
-            return Reading {
-                requests,
-                end: End::Clean,
-            };
+            return Reading { requests, end: End::Clean };
         }
         match read_one(&rest, bounds) {
             Err(end) => return Reading { requests, end },
@@ -71,10 +68,7 @@ pub fn read(bytes: &[u8], bounds: &Bounds) -> Reading {
                 requests.push(request);
                 rest = rest[length..].to_vec();
                 if !keep_alive {
-                    return Reading {
-                        requests,
-                        end: End::Closing,
-                    };
+                    return Reading { requests, end: End::Closing };
                 }
             }
         }
@@ -143,10 +137,7 @@ fn read_one(bytes: &[u8], bounds: &Bounds) -> Result<(Request, usize), End> {
     let codings = values(&request.fields, "transfer-encoding");
     let mut content_length = 0;
     if let Some(length) = lengths.first() {
-        match std::str::from_utf8(length)
-            .ok()
-            .filter(|text| !text.is_empty() && text.chars().all(|c| c.is_ascii_digit()))
-        {
+        match std::str::from_utf8(length).ok().filter(|text| !text.is_empty() && text.chars().all(|c| c.is_ascii_digit())) {
             None => drop(broken.insert(400)),
             Some(digits) => {
                 let digits = digits.trim_start_matches('0');
@@ -188,10 +179,7 @@ fn read_one(bytes: &[u8], bounds: &Bounds) -> Result<(Request, usize), End> {
     request.keep_alive = !close && (request.http11 || keep);
 
     let expectations = values(&request.fields, "expect");
-    if expectations
-        .iter()
-        .any(|expectation| !same(expectation, b"100-continue"))
-    {
+    if expectations.iter().any(|expectation| !same(expectation, b"100-continue")) {
         broken.insert(417);
     }
     request.expect_continue = !expectations.is_empty() && request.http11 && (content_length > 0 || !codings.is_empty());
@@ -230,12 +218,7 @@ fn split_lines(bytes: &[u8]) -> Vec<Vec<u8>> {
 }
 
 /// `request-line = method SP request-target SP HTTP-version`; returns the authority of an absolute-form target.
-fn read_request_line(
-    line: &[u8],
-    bounds: &Bounds,
-    request: &mut Request,
-    broken: &mut BTreeSet<u16>,
-) -> Option<Vec<u8>> {
+fn read_request_line(line: &[u8], bounds: &Bounds, request: &mut Request, broken: &mut BTreeSet<u16>) -> Option<Vec<u8>> {
     if line.len() > bounds.request_line {
         broken.insert(414);
     }
@@ -256,9 +239,7 @@ fn read_request_line(
     if method.is_empty() || !method.iter().all(|byte| is_tchar(*byte)) {
         broken.insert(400);
     }
-    for known in [
-        "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH",
-    ] {
+    for known in ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"] {
         if same(method, known.as_bytes()) && *method != known.as_bytes() {
             broken.insert(501);
         }
@@ -281,12 +262,8 @@ fn read_target(method: &[u8], target: &[u8], request: &mut Request, broken: &mut
         return None;
     }
     if method == b"CONNECT" {
-        let port = target
-            .rsplit(|byte| *byte == b':')
-            .next()
-            .filter(|port| port.len() < target.len());
-        let authority =
-            is_host(target) && port.is_some_and(|port| !port.is_empty() && port.iter().all(u8::is_ascii_digit));
+        let port = target.rsplit(|byte| *byte == b':').next().filter(|port| port.len() < target.len());
+        let authority = is_host(target) && port.is_some_and(|port| !port.is_empty() && port.iter().all(u8::is_ascii_digit));
         broken.insert(if authority { 405 } else { 400 });
         return None;
     }
@@ -304,20 +281,13 @@ fn read_target(method: &[u8], target: &[u8], request: &mut Request, broken: &mut
         return None;
     }
     let lower = before.to_ascii_lowercase();
-    let start = [&b"http://"[..], b"https://"]
-        .iter()
-        .find(|scheme| lower.starts_with(scheme))
-        .map(|scheme| scheme.len());
+    let start = [&b"http://"[..], b"https://"].iter().find(|scheme| lower.starts_with(scheme)).map(|scheme| scheme.len());
     let Some(start) = start else {
         broken.insert(400);
         return None;
     };
     let end = find(&before[start..], b"/").map_or(before.len(), |at| start + at);
-    request.path = if end == before.len() {
-        b"/".to_vec()
-    } else {
-        before[end..].to_vec()
-    };
+    request.path = if end == before.len() { b"/".to_vec() } else { before[end..].to_vec() };
     if before[end..].starts_with(b"//") {
         broken.insert(400);
     }
@@ -345,10 +315,7 @@ fn read_fields(lines: &[Vec<u8>], bounds: &Bounds, fields: &mut Vec<(Vec<u8>, Ve
         if name.is_empty() || !name.iter().all(|byte| is_tchar(*byte)) {
             broken.insert(400);
         }
-        if value
-            .iter()
-            .any(|byte| (*byte < b' ' && *byte != b'\t') || *byte == 0x7f)
-        {
+        if value.iter().any(|byte| (*byte < b' ' && *byte != b'\t') || *byte == 0x7f) {
             broken.insert(400);
         }
         fields.push((name.to_vec(), trim(value)));
@@ -405,17 +372,8 @@ fn read_chunked(bytes: &[u8], bounds: &Bounds) -> Result<(Vec<u8>, usize), End> 
     if length + 4 > bounds.head {
         broken.insert(431);
     }
-    read_fields(
-        &split_lines(&bytes[at..at + length]),
-        bounds,
-        &mut Vec::new(),
-        &mut broken,
-    );
-    if broken.is_empty() {
-        Ok((data, at + length + 4))
-    } else {
-        Err(End::Wrong(broken))
-    }
+    read_fields(&split_lines(&bytes[at..at + length]), bounds, &mut Vec::new(), &mut broken);
+    if broken.is_empty() { Ok((data, at + length + 4)) } else { Err(End::Wrong(broken)) }
 }
 
 /// `chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS chunk-ext-val ] )`
@@ -485,8 +443,7 @@ fn is_host(bytes: &[u8]) -> bool {
         return is_ipv6(&String::from_utf8_lossy(&host[1..host.len() - 1]));
     }
     let name = host.strip_suffix(b".").unwrap_or(host);
-    name.split(|byte| *byte == b'.')
-        .all(|label| !label.is_empty() && is_label(label))
+    name.split(|byte| *byte == b'.').all(|label| !label.is_empty() && is_label(label))
 }
 
 /// `*( unreserved / pct-encoded / sub-delims )` without dots.
@@ -560,9 +517,5 @@ fn same(left: &[u8], right: &[u8]) -> bool {
 }
 
 fn values(fields: &[(Vec<u8>, Vec<u8>)], name: &str) -> Vec<Vec<u8>> {
-    fields
-        .iter()
-        .filter(|(field, _)| same(field, name.as_bytes()))
-        .map(|(_, value)| value.clone())
-        .collect()
+    fields.iter().filter(|(field, _)| same(field, name.as_bytes())).map(|(_, value)| value.clone()).collect()
 }

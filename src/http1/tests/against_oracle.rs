@@ -30,11 +30,7 @@ fn translate(request: &Request) -> oracle::Request {
         query: head.query.map(owned),
         host: head.host.map(owned),
         http11: head.version == Version::Http11,
-        fields: head
-            .fields
-            .iter()
-            .map(|field| (owned(field.name), owned(field.value)))
-            .collect(),
+        fields: head.fields.iter().map(|field| (owned(field.name), owned(field.value))).collect(),
         body: request.body.clone(),
         keep_alive: head.keep_alive,
         expect_continue: head.expect_continue,
@@ -65,9 +61,7 @@ fn compare(bytes: &[u8], cuts: &[usize], limits: &Limits) -> Result<bool, String
 }
 
 /// Pieces that requests are made of, good and bad ones.
-const METHODS: [&str; 10] = [
-    "GET", "POST", "HEAD", "OPTIONS", "get", "CONNECT", "Foo", "G(T", "", "PUT",
-];
+const METHODS: [&str; 10] = ["GET", "POST", "HEAD", "OPTIONS", "get", "CONNECT", "Foo", "G(T", "", "PUT"];
 const TARGETS: [&str; 17] = [
     "/",
     "/a?b",
@@ -87,16 +81,7 @@ const TARGETS: [&str; 17] = [
     "a",
     "/\u{7f}",
 ];
-const VERSIONS: [&str; 8] = [
-    "HTTP/1.1",
-    "HTTP/1.1",
-    "HTTP/1.1",
-    "HTTP/1.0",
-    "HTTP/1.9",
-    "HTTP/2.0",
-    "HTTP/1.10",
-    "http/1.1",
-];
+const VERSIONS: [&str; 8] = ["HTTP/1.1", "HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/1.9", "HTTP/2.0", "HTTP/1.10", "http/1.1"];
 const FIELDS: [&str; 40] = [
     "Host: a",
     "Host: a",
@@ -170,27 +155,15 @@ fn generate(random: &mut Random) -> Vec<u8> {
         text += "\r\n";
     }
     let space = if random.below(40) == 0 { "  " } else { " " };
-    let method = if random.below(4) == 0 {
-        random.pick(&METHODS)
-    } else {
-        random.pick(&METHODS[..2])
-    };
-    let target = if random.below(3) == 0 {
-        random.pick(&TARGETS)
-    } else {
-        random.pick(&TARGETS[..2])
-    };
+    let method = if random.below(4) == 0 { random.pick(&METHODS) } else { random.pick(&METHODS[..2]) };
+    let target = if random.below(3) == 0 { random.pick(&TARGETS) } else { random.pick(&TARGETS[..2]) };
     text += &[method, space, target, space, random.pick(&VERSIONS), "\r\n"].concat();
     if random.below(8) > 0 {
         text += "Host: a\r\n";
     }
     for _ in 0..random.below(4) {
         text += random.pick(&FIELDS);
-        text += if random.below(10) == 0 {
-            random.pick(&LINE_ENDS)
-        } else {
-            "\r\n"
-        };
+        text += if random.below(10) == 0 { random.pick(&LINE_ENDS) } else { "\r\n" };
     }
     text += "\r\n";
     text += random.pick(&BODIES);
@@ -243,10 +216,7 @@ fn compare_many(seed: u64, count: usize, mut make: impl FnMut(&mut Random) -> Ve
         let limits = limits(&mut random);
         match compare(&bytes, &cuts, &limits) {
             Ok(any) => accepted += usize::from(any),
-            Err(why) => panic!(
-                "seed {seed:#x}, input {number}: {}\n{limits:?}\n{why}",
-                bytes.escape_ascii()
-            ),
+            Err(why) => panic!("seed {seed:#x}, input {number}: {}\n{limits:?}\n{why}", bytes.escape_ascii()),
         }
     }
     accepted
@@ -254,10 +224,7 @@ fn compare_many(seed: u64, count: usize, mut make: impl FnMut(&mut Random) -> Ve
 
 /// Set to try other inputs than those that everybody tries.
 fn seed(default: u64) -> u64 {
-    std::env::var("URINGD_TEST_SEED")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(default)
+    std::env::var("URINGD_TEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
 #[test]
@@ -269,34 +236,20 @@ fn generated_requests_mean_to_the_parser_what_they_mean_to_the_oracle() {
         }
         bytes
     });
-    assert!(
-        (2_000..18_000).contains(&accepted),
-        "{accepted} inputs were accepted: the generator is lopsided"
-    );
+    assert!((2_000..18_000).contains(&accepted), "{accepted} inputs were accepted: the generator is lopsided");
 }
 
 #[test]
 fn mutated_requests_mean_to_the_parser_what_they_mean_to_the_oracle() {
-    let cases: Vec<Vec<u8>> = corpus::cases()
-        .into_iter()
-        .map(|case| case.raw)
-        .filter(|raw| raw.len() < 2000)
-        .collect();
+    let cases: Vec<Vec<u8>> = corpus::cases().into_iter().map(|case| case.raw).filter(|raw| raw.len() < 2000).collect();
     let accepted = compare_many(seed(0x5eed_0004), 30_000, |random| {
-        let mut bytes = if random.below(2) == 0 {
-            cases[random.below(cases.len())].clone()
-        } else {
-            generate(random)
-        };
+        let mut bytes = if random.below(2) == 0 { cases[random.below(cases.len())].clone() } else { generate(random) };
         for _ in 0..random.below(4) {
             mutate(&mut bytes, random);
         }
         bytes
     });
-    assert!(
-        (2_000..28_000).contains(&accepted),
-        "{accepted} inputs were accepted: the generator is lopsided"
-    );
+    assert!((2_000..28_000).contains(&accepted), "{accepted} inputs were accepted: the generator is lopsided");
 }
 
 #[test]

@@ -25,28 +25,18 @@ const CORPUS: &str = include_str!("../../../tests/corpus/http1-cases.jsonl");
 
 /// Rows whose preferred answer is not this layer's to give, or is another of the allowed ones; with the reason.
 const EXCEPTIONS: [(&str, u64, &str); 2] = [
-    (
-        "CK-02z3",
-        413,
-        "a chunk of 4 GiB + 5 is no overflow in 64 bits: it is too large, like any other above the limit",
-    ),
+    ("CK-02z3", 413, "a chunk of 4 GiB + 5 is no overflow in 64 bits: it is too large, like any other above the limit"),
     ("KA-16", 200, "426 is the answer of a handler that speaks WebSocket"),
 ];
 
 /// Rows whose connection ends for a reason above this layer.
-const CLOSED_ABOVE: [(&str, &str); 1] = [(
-    "KA-17",
-    "the number of requests on a connection is the shard's to count",
-)];
+const CLOSED_ABOVE: [(&str, &str); 1] = [("KA-17", "the number of requests on a connection is the shard's to count")];
 
 /// Rows that suppose a limit of 64 KiB for bodies.
 const SMALL_BODIES: [&str; 2] = ["CK-10", "KA-12"];
 
 pub(super) fn cases() -> Vec<Case> {
-    CORPUS
-        .lines()
-        .filter_map(|line| case(&serde_json::from_str(line).expect("a row is JSON")))
-        .collect()
+    CORPUS.lines().filter_map(|line| case(&serde_json::from_str(line).expect("a row is JSON"))).collect()
 }
 
 fn case(row: &Value) -> Option<Case> {
@@ -55,10 +45,7 @@ fn case(row: &Value) -> Option<Case> {
     if !["RL", "HD", "CL", "TE", "CK", "EX", "KA"].contains(&row["group"].as_str()?) {
         return None;
     }
-    let raw = row["steps"]
-        .as_array()
-        .and_then(|list| steps(list))
-        .or_else(|| row["raw"].as_str().map(latin1))?;
+    let raw = row["steps"].as_array().and_then(|list| steps(list)).or_else(|| row["raw"].as_str().map(latin1))?;
     let mut limits = Limits::default();
     if SMALL_BODIES.contains(&id.as_str()) {
         limits.body_bytes_max = 64 << 10;
@@ -66,14 +53,7 @@ fn case(row: &Value) -> Option<Case> {
         return None;
     }
     let allow = row["allow"].as_array()?.iter().filter_map(Value::as_u64).collect();
-    Some(Case {
-        id,
-        raw,
-        limits,
-        prefer: row["prefer"].as_u64()?,
-        allow,
-        conn: text("conn"),
-    })
+    Some(Case { id, raw, limits, prefer: row["prefer"].as_u64()?, allow, conn: text("conn") })
 }
 
 /// The bytes of a case in steps; `None` when it depends on time or on signals.
@@ -91,9 +71,7 @@ fn steps(steps: &[Value]) -> Option<Vec<u8>> {
 
 /// One character is one byte.
 fn latin1(text: &str) -> Vec<u8> {
-    text.chars()
-        .map(|character| u8::try_from(u32::from(character)).expect("a row is latin-1"))
-        .collect()
+    text.chars().map(|character| u8::try_from(u32::from(character)).expect("a row is latin-1")).collect()
 }
 
 /// The status of the first answer; handlers answer 200.
@@ -112,11 +90,7 @@ fn judge(case: &Case, run: &Run) -> Result<(), String> {
     if status != wanted || !case.allow.contains(&status) && exception.is_none_or(|(id, ..)| *id != "KA-16") {
         return Err(format!("answered {status}, wanted {wanted}, allowed {:?}", case.allow));
     }
-    let targets: Vec<&[u8]> = run
-        .requests
-        .iter()
-        .map(|request| request.head.path.of(&request.head_bytes))
-        .collect();
+    let targets: Vec<&[u8]> = run.requests.iter().map(|request| request.head.path.of(&request.head_bytes)).collect();
     if targets.contains(&b"/evil".as_slice()) {
         return Err("a handler saw /evil".to_owned());
     }
@@ -155,9 +129,7 @@ fn every_case_gets_the_preferred_answer() {
         .iter()
         .filter_map(|case| {
             let run = run_with(&case.raw, &case.limits);
-            judge(case, &run)
-                .err()
-                .map(|why| format!("{}: {why}; {:?}", case.id, run.end))
+            judge(case, &run).err().map(|why| format!("{}: {why}; {:?}", case.id, run.end))
         })
         .collect();
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));

@@ -17,11 +17,7 @@ use crate::config::{Limits, Permit};
 fn run(bytes: &[u8]) -> Run {
     let whole = run_with(bytes, &Limits::default());
     let everywhere: Vec<usize> = (1..bytes.len()).collect();
-    assert_eq!(
-        whole,
-        fuzzing::run(bytes, &everywhere, &Limits::default(), Permit::default()),
-        "byte by byte"
-    );
+    assert_eq!(whole, fuzzing::run(bytes, &everywhere, &Limits::default(), Permit::default()), "byte by byte");
     whole
 }
 

@@ -36,10 +36,7 @@ fn every_refusal_is_provoked_by_some_input() {
             provoked.insert(refusal);
         }
     }
-    let missing: Vec<&Refusal> = Refusal::ALL
-        .iter()
-        .filter(|refusal| !provoked.contains(refusal))
-        .collect();
+    let missing: Vec<&Refusal> = Refusal::ALL.iter().filter(|refusal| !provoked.contains(refusal)).collect();
     assert!(missing.is_empty(), "no input provokes {missing:?}");
 }
 
@@ -50,23 +47,14 @@ fn every_refusal_is_in_the_documentation() {
         assert!(PAGE.contains(&row), "docs/refusals.md lacks the row {row}");
     }
     let rows = PAGE.lines().filter(|line| line.starts_with("| `")).count();
-    assert_eq!(
-        rows,
-        Refusal::ALL.len(),
-        "docs/refusals.md has a row for something that does not exist"
-    );
+    assert_eq!(rows, Refusal::ALL.len(), "docs/refusals.md has a row for something that does not exist");
 }
 
 #[test]
 fn refusals_are_in_alphabetical_order_and_at_their_own_index() {
     let names: Vec<String> = Refusal::ALL.iter().map(|refusal| format!("{refusal:?}")).collect();
     assert!(names.is_sorted());
-    assert!(
-        Refusal::ALL
-            .iter()
-            .enumerate()
-            .all(|(index, refusal)| *refusal as usize == index)
-    );
+    assert!(Refusal::ALL.iter().enumerate().all(|(index, refusal)| *refusal as usize == index));
 }
 
 #[test]
@@ -75,10 +63,7 @@ fn reasons_are_the_names_of_their_variants_and_sentences_name_a_section() {
         let name = format!("{refusal:?}").to_lowercase();
         assert_eq!(refusal.reason().replace('-', ""), name);
         let sentence = refusal.explain();
-        assert!(
-            sentence.contains("(RFC ") && sentence.ends_with(").") && sentence.len() < 160,
-            "{sentence}"
-        );
+        assert!(sentence.contains("(RFC ") && sentence.ends_with(").") && sentence.len() < 160, "{sentence}");
         assert_eq!(refusal.to_string(), sentence);
     }
 }

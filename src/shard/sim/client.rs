@@ -107,7 +107,11 @@ pub struct Client {
 enum Reading {
     Head(Vec<u8>),
     /// A body, all of which is known.
-    Body { body: Cow<'static, [u8]>, at: usize, framing: Framing },
+    Body {
+        body: Cow<'static, [u8]>,
+        at: usize,
+        framing: Framing,
+    },
 }
 
 /// How the body's end is told, and what is expected next of that.
@@ -177,7 +181,14 @@ impl Client {
             index,
             listener: random.below(listeners) as ListenerIndex,
             ending: random.pick(&endings),
-            wire: Wire { to_server: VecDeque::new(), fin: false, reset: false, window: usize::MAX, server_fin: false, server_closed: false },
+            wire: Wire {
+                to_server: VecDeque::new(),
+                fin: false,
+                reset: false,
+                window: usize::MAX,
+                server_fin: false,
+                server_closed: false,
+            },
             expected: Vec::new(),
             beyond: Expected::default(),
             eof_told_at: None,
@@ -327,9 +338,10 @@ impl Client {
         let sent = match (is_echo, random.below(10)) {
             (false, _) => 0,
             (true, 0..6) => random.below(200),
-            (true, 6..9) => random.below(5_000),
+            (true, 6..8) => random.below(5_000),
             // A little more than may be ahead of the disk (`engine/bodies.rs`).
-            (true, _) if rules.body_memory_bytes_max < 10_000 && random.chance(30) => (256 << 10) + random.below(8_000),
+            (true, _) if rules.body_memory_bytes_max < 10_000 && random.chance(50) => (256 << 10) + random.below(8_000),
+            (true, 8) => random.below(5_000),
             (true, _) => random.below(30_000),
         };
         let asked = Asked { client: self.index, index, kind, size };
@@ -355,7 +367,13 @@ impl Client {
             sent: sent as u64,
             ..Expected::default()
         };
-        let method = if is_echo { "POST" } else if is_head { "HEAD" } else { "GET" };
+        let method = if is_echo {
+            "POST"
+        } else if is_head {
+            "HEAD"
+        } else {
+            "GET"
+        };
         let version = if is_http10 { "1.0" } else { "1.1" };
         let mut head = format!("{method} /{}/{index}/{}/{size} HTTP/{version}\r\nHost: a\r\n", self.index, kind as char);
         if random.chance(10) {
@@ -393,12 +411,14 @@ impl Client {
             return false;
         }
         let reads = self.is_starved() && self.read_at <= now;
-        reads || self.wake_at <= now && match self.script.front() {
-            Some(Action::AwaitAnswers(count)) => self.answers >= *count || self.wire.server_fin,
-            Some(_) => true,
-            // A client that has seen the server's end ends its own side.
-            None => self.wire.server_fin && !self.wire.fin && !self.stubborn,
-        }
+        reads
+            || self.wake_at <= now
+                && match self.script.front() {
+                    Some(Action::AwaitAnswers(count)) => self.answers >= *count || self.wire.server_fin,
+                    Some(_) => true,
+                    // A client that has seen the server's end ends its own side.
+                    None => self.wire.server_fin && !self.wire.fin && !self.stubborn,
+                }
     }
 
     fn is_starved(&self) -> bool {
@@ -522,7 +542,10 @@ impl Client {
 
     /// It had what it wanted, and nobody is at anything for it.
     pub fn is_at_rest(&self) -> bool {
-        self.taken_in > 0 && self.is_idle() && self.wire.to_server.is_empty() && self.expected.iter().all(|expected| expected.run_as.is_none())
+        self.taken_in > 0
+            && self.is_idle()
+            && self.wire.to_server.is_empty()
+            && self.expected.iter().all(|expected| expected.run_as.is_none())
     }
 
     /// The connection was to end before this request, whatever became of those before it.
@@ -579,7 +602,9 @@ impl Client {
             count => (self.expected[count - 1].complete_at, rules.keep_alive),
         };
         // What comes after the drain began may be too late, like what comes while an idle connection is closed.
-        let too_late = rules.drain_since.is_some_and(|since| self.expected.get(self.answers).and_then(|next| next.begun_at).is_some_and(|at| at >= since));
+        let too_late = rules
+            .drain_since
+            .is_some_and(|since| self.expected.get(self.answers).and_then(|next| next.begun_at).is_some_and(|at| at >= since));
         // All of an answer may be there, and its handler be at it still; when its time is over, so is the connection.
         let hangs = self.expected.iter().any(|before| before.run_as.is_some() && before.may_be_cut(rules, now));
         if too_late || hangs {
@@ -679,9 +704,10 @@ impl Client {
         let passed = |since: Option<Micros>, limit: Micros| since.is_some_and(|since| since + limit <= now);
         let (mut refused, mut rejected) = (false, false);
         let spooled = expected.sent > rules.body_memory_bytes_max;
-        // A request that is all there is late only when the client's reading or the disk holds it up.
-        let disk_is_late = spooled && rules.disk_idle_since + 4_000_000 > now;
-        let hangs = expected.complete_at.is_none() || self.wire.window != usize::MAX || disk_is_late;
+        // A request that has been all there for a while is late only when its answers are not read, or the disk holds it up.
+        let lately = |at: Micros| rules.reads_may_stall || at + 4_000_000 > now;
+        let incomplete = expected.incomplete || expected.complete_at.is_none_or(lately);
+        let may_be_late = incomplete || self.wire.window != usize::MAX || spooled && lately(rules.disk_idle_since);
         let mut text = |refusal: Refusal| {
             refused = true;
             Some(refusal_text(refusal))
@@ -689,7 +715,7 @@ impl Client {
         let begun_at = if self.answers == 0 { self.accepted_at } else { expected.begun_at };
         let served = if expected.pooled { expected.finished && !expected.found_full } else { expected.complete_at.is_some() };
         let body = match status {
-            408 if passed(begun_at, rules.head_or_body) && hangs => {
+            408 if passed(begun_at, rules.head_or_body) && may_be_late => {
                 let length = |refusal: Refusal| head.contains(&format!("Content-Length: {}\r\n", refusal.explain().len() + 1));
                 // The two about bodies are of the same length.
                 text(if length(Refusal::HeadTimeout) { Refusal::HeadTimeout } else { Refusal::BodyTimeout })

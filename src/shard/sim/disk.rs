@@ -22,7 +22,7 @@ impl SimDisk {
         let Scene { faults, random, now, .. } = scene;
         let time = match random.below(100) {
             0..3 if faults.slow_disk => random.micros(100_000_000),
-            0..20 if faults.slow_disk => random.micros(1_000_000),
+            0..50 if faults.slow_disk => random.micros(1_000_000),
             _ => random.micros(2_000),
         };
         self.jobs.push((*now + time, job));

@@ -8,11 +8,7 @@ use std::{
     os::fd::RawFd,
 };
 
-use super::{
-    Check, Checker, Faults, Scene, Violation,
-    client::Client,
-    violation,
-};
+use super::{Check, Checker, Faults, Scene, Violation, client::Client, violation};
 use crate::{
     driver::{Chunk, Completion, ListenerIndex, Op, Peer, RecvEnd, Shutdown, Token},
     exchange::Micros,
@@ -86,7 +82,12 @@ pub enum Delivered {
 
 impl SimKernel {
     pub fn new(listeners: usize) -> SimKernel {
-        SimKernel { listeners: (0..listeners).map(|_| Listener::default()).collect(), sockets: Vec::new(), tokens: HashSet::new(), stops: 0 }
+        SimKernel {
+            listeners: (0..listeners).map(|_| Listener::default()).collect(),
+            sockets: Vec::new(),
+            tokens: HashSet::new(),
+            stops: 0,
+        }
     }
 
     pub fn connect(&mut self, listener: ListenerIndex, client: usize) {

@@ -9,7 +9,14 @@ use std::{
     time::Duration,
 };
 
-use super::{Check, Checker, Scene, client::{Client, Expected}, disk::new_file, kernel::SimKernel, random::Random, violation};
+use super::{
+    Check, Checker, Scene,
+    client::{Client, Expected},
+    disk::new_file,
+    kernel::SimKernel,
+    random::Random,
+    violation,
+};
 use crate::{
     driver::Token,
     exchange::{Exchange, Micros, Progress},
@@ -98,9 +105,7 @@ impl SimPool {
             self.answers.push_back(Answer::Response(exchange));
             return Ok(());
         }
-        if expected.started_at.replace(now).is_some() {
-            return violation(Checker::RunTwice, format!("request {index} of client {client}"));
-        }
+        expected.started_at = Some(now);
         expected.run_as = Some((exchange.token, exchange.serial));
         if !kernel.is_open(exchange.token) {
             return violation(Checker::WithdrawnRuns, format!("request {index} of client {client}, whose connection is gone"));

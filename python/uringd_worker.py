@@ -1,0 +1,1654 @@
+"""The Python side of uringd: a zygote that forks workers, and the workers that run an application.
+
+uringd never runs Python itself. It starts this file once per generation, embedded in its binary and
+handed to `PYTHON -c`, so it must work without a `__file__`, with nothing but the standard library,
+and on CPython 3.8 to 3.15 and PyPy. docs/worker-protocol.md is the contract of every record, frame
+and page below.
+
+    zygote   one thread, never serves; reads `start`, perhaps imports the application, forks when
+             told to, reaps
+    worker   one thread for each channel; a channel is a socket with frames, a socket that carries
+             descriptors, and a page of memory in which uringd says what changes meanwhile
+
+The file reads from the inside out: what an application touches (wsgi.input, wsgi.errors,
+wsgi.file_wrapper), an exchange (one request and its answer), a channel (the hot loop), a worker,
+how an application is found and why it was not, the hooks of a gunicorn.conf.py, the zygote.
+"""
+
+import ast
+import gc
+import importlib
+import io
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+import traceback
+from io import BytesIO
+from marshal import loads
+
+try:
+    import faulthandler
+except ImportError:
+    faulthandler = None
+
+PROTOCOL = 1
+CONTROL_FD = 3
+RECORD_BYTES_MAX = 65536
+
+# Frames: twelve bytes of header, little-endian. In both directions the first four bytes of most
+# payloads are a length too (of the environ, of the head), so that one unpack or pack does for all.
+REQUEST, REQUEST_WITH_FILE = 0x0001, 0x0101  # u8 type, u8 flags, u16 zero, read as one u32
+RESPONSE, BEGIN, PIECE, END, FILE, READY, FAILED, HINTS, EXTEND = range(1, 10)
+END_FAILED = 0x0100
+unpack_prefix = struct.Struct("<IIII").unpack_from
+pack_prefix = struct.Struct("<IIII").pack
+pack_header = struct.Struct("<III").pack
+unpack_u32 = struct.Struct("<I").unpack_from
+unpack_u64 = struct.Struct("<Q").unpack_from
+pack_file = struct.Struct("<QQ").pack
+
+PAGE_BYTES = 4096
+PAGE_GONE, PAGE_END = 0, 4
+
+# Below malloc's mmap threshold: a larger buffer is mapped and unmapped for every recv, which costs
+# more than the request.
+RECEIVE_BYTES = 65536
+# More is a violation to uringd, so it is an error of the application here.
+HEAD_BYTES_MAX = 65536
+# A larger answer is sent from where it lies instead of being joined to its head.
+COPY_BYTES_MAX = 65536
+# A body is cut into pieces of this size; the header could say four times as much.
+PAYLOAD_BYTES_MAX = 1 << 30
+
+# The answers of one batch leave in one send if its requests are quick; else each leaves before the
+# next request runs, for a finished answer must not wait for a slow one behind it. A batch of more
+# than one request that takes less than QUICK_SECONDS from its first answer to its last earns one
+# point, of twice QUICK_BATCHES at most; another loses SLOW_COST for each QUICK_SECONDS. A worker
+# with QUICK_BATCHES points is quick. The clock is looked at twice for such a batch, and not at all
+# when requests come one by one.
+QUICK_BATCHES, QUICK_SECONDS, SLOW_COST, HELD_MAX = 256, 0.001, 16, 32
+
+EXIT_GARBAGE, EXIT_LOAD = 70, 4  # sysexits' EX_SOFTWARE; gunicorn's APP_LOAD_ERROR
+MSG_CMSG_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0x40000000)  # PyPy does not name it
+
+
+# What an application touches.
+
+
+class BodyFile(io.RawIOBase):
+    """A request body in a file: reads at its own position, for the offset is shared with uringd."""
+
+    def __init__(self, fd, length):
+        self.fd, self.length, self.at = fd, length, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def readinto(self, buffer):
+        if self.closed:
+            raise ValueError("the request is over: its wsgi.input is closed")
+        data = os.pread(self.fd, min(len(buffer), self.length - self.at), self.at)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self.at = min(self.length, max(0, offset + (0, self.at, self.length)[whence]))
+        return self.at
+
+    def close(self):
+        if not self.closed:
+            os.close(self.fd)
+        super().close()
+
+
+class Errors:
+    """wsgi.errors: whole lines to standard error, each with the id of the request it belongs to."""
+
+    encoding = "utf-8"
+
+    def __init__(self, exchange):
+        self.exchange, self.partial = exchange, ""
+
+    def write(self, text):
+        if not isinstance(text, str):
+            raise TypeError("wsgi.errors.write() takes text, not %s" % type(text).__name__)
+        lines = (self.partial + text).split("\n")
+        self.partial = lines.pop()
+        if self.partial:
+            self.exchange.rare = True
+        self.emit(lines)
+        return len(text)
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
+
+    def flush(self):
+        if self.partial:
+            lines, self.partial = [self.partial], ""
+            self.emit(lines)
+
+    def isatty(self):
+        return False
+
+    def emit(self, lines):
+        id = self.exchange.environ.get("uringd.request_id")
+        mark = "[%s] " % id if id else ""
+        write_stderr("".join([mark + line + "\n" for line in lines]))
+
+
+def write_stderr(text):
+    """To descriptor 2 in one write, so that the lines of several workers do not mix; sys.stderr may
+    be replaced.
+    """
+    data = text.encode("utf-8", "backslashreplace")
+    try:
+        while data:
+            data = data[os.write(2, data) :]
+    except OSError:
+        pass  # Nobody reads the log. That is no reason to fail a request.
+
+
+class FileWrapper:
+    """wsgi.file_wrapper. Returned as it is over a real file, it hands uringd the file itself."""
+
+    def __init__(self, filelike, blksize=65536):
+        self.filelike, self.blksize = filelike, blksize
+        if hasattr(filelike, "close"):
+            self.close = filelike.close
+
+    def __iter__(self):
+        read, blksize = self.filelike.read, self.blksize
+        while True:
+            data = read(blksize)
+            if not data:
+                return
+            yield data
+
+
+def regular_file(filelike):
+    """(descriptor, offset, bytes from there to the end) if reading `filelike` is reading a regular
+    file, else None.
+
+    Only types known to give the bytes of their descriptor: a GzipFile has a fileno() too, of the
+    compressed file.
+    """
+    if type(filelike).__module__ == "tempfile" and hasattr(filelike, "file"):
+        filelike = filelike.file  # NamedTemporaryFile's wrapper
+    raw = filelike if type(filelike) is io.FileIO else getattr(filelike, "raw", None)
+    if (
+        type(filelike) not in (io.FileIO, io.BufferedReader, io.BufferedRandom)
+        or type(raw) is not io.FileIO
+    ):
+        return None
+    try:
+        if not filelike.readable():
+            return None
+        if type(filelike) is io.BufferedRandom:
+            filelike.flush()
+        fd, offset = filelike.fileno(), filelike.tell()
+        info = os.fstat(fd)
+    except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(info.st_mode):
+        return None
+    return fd, offset, max(0, info.st_size - offset)
+
+
+# An exchange: one request and its answer.
+
+
+class Statuses(dict):
+    """The third word of a RESPONSE's header (kind and code) and the reason line, for each status
+    that an application has used: parsed and checked once.
+    """
+
+    def __missing__(self, status):
+        check_status(status)
+        parsed = RESPONSE | int(status[:3]) << 16, status[4:] + "\r\n"
+        if len(self) < 1000:
+            self[status] = parsed
+        return parsed
+
+
+STATUSES = Statuses()
+
+
+def check_status(status):
+    if type(status) is not str:
+        raise TypeError("the status given to start_response is %s, not str" % type(status).__name__)
+    if (
+        not (status[:3].isdigit() and status[:3].isascii() and status[3:4] in ("", " "))
+        or status[0] not in "23456789"
+    ):
+        raise ValueError(
+            "the status %r is not three digits (200 to 999), a space and a reason" % status
+        )
+    if any(c < " " and c != "\t" or c == "\x7f" for c in status):
+        raise ValueError("the status %r has a control character" % status)
+
+
+def check_headers(headers):
+    """Raises what is wrong with the headers, in words. The hot loop only notices that it is."""
+    if not isinstance(headers, list):
+        raise TypeError(
+            "the headers given to start_response are %s, not a list" % type(headers).__name__
+        )
+    for field in headers:
+        if not isinstance(field, tuple) or len(field) != 2:
+            raise TypeError("the header %r is not a tuple of name and value" % (field,))
+        for what, text in zip(("name", "value"), field):
+            if not isinstance(text, str):
+                raise TypeError(
+                    "the %s of header %r is %s, not str" % (what, field, type(text).__name__)
+                )
+            if "\n" in text or "\r" in text:
+                raise ValueError("the %s of header %r has a line break" % (what, field))
+            try:
+                text.encode("latin-1")
+            except UnicodeEncodeError:
+                raise ValueError(
+                    "the %s of header %r has characters beyond latin-1" % (what, field)
+                ) from None
+
+
+def encode_head(reason, headers):
+    """The reason, then `name: value CRLF` of each field. A line break within one would be a field
+    of its own to the reader. The hot loop has the same lines in line.
+    """
+    lines = "".join([name + ": " + value + "\r\n" for name, value in headers])
+    if lines.count("\n") != len(headers):
+        check_headers(headers)
+    head = (reason + lines).encode("latin-1")
+    if len(head) > HEAD_BYTES_MAX:
+        raise ValueError(
+            "the headers are %d bytes long, more than %d" % (len(head), HEAD_BYTES_MAX)
+        )
+    return head
+
+
+def check_body(piece):
+    """The piece as bytes, or a TypeError that says what it is instead."""
+    if isinstance(piece, (bytearray, memoryview)):
+        return bytes(piece)
+    if not isinstance(piece, bytes):
+        raise TypeError(
+            "a piece of the body is %s, not bytes: %.60r" % (type(piece).__name__, piece)
+        )
+    return piece
+
+
+class Exchange:
+    """The state of one request and its answer, and the callables that its environ holds.
+
+    A channel answers in order, so its hot loop uses one exchange for all its requests. `started` is
+    None, then what start_response was given; `begun` says that something left for uringd; `ended`
+    that the answer is complete. `rare` tells the hot loop with one look that anything at all is not
+    as usual: see Channel.tidy.
+    """
+
+    __slots__ = (
+        "channel",
+        "id",
+        "environ",
+        "started",
+        "begun",
+        "ended",
+        "remaining",
+        "body_file",
+        "errors",
+        "write",
+        "rare",
+    )
+
+    def __init__(self, channel):
+        self.channel = channel
+        self.id = 0
+        self.environ = {}
+        self.started = None
+        self.begun = self.ended = False
+        self.remaining = None  # of the bytes that the application's Content-Length promised
+        self.body_file = None
+        self.rare = False
+        self.errors = Errors(self)
+        self.write = self.put  # bound once: start_response returns it for every request
+
+    def start_response(self, status, headers, exc_info=None):
+        if self.started is not None:
+            if exc_info is None:
+                raise AssertionError("start_response was called a second time without exc_info")
+            if self.begun:
+                try:
+                    raise exc_info[1].with_traceback(exc_info[2])
+                finally:
+                    exc_info = None
+        self.started = status, headers
+        return self.write
+
+    # What uringd offers beyond PEP 3333, also to a thread that the application started.
+
+    def early_hints(self, headers):
+        """Sends a 103 answer with these fields, a list of (name, value), before the response."""
+        head = encode_head("Early Hints\r\n", headers)
+        if not self.begun:
+            self.channel.send_now(
+                pack_prefix(4 + len(head), self.id, HINTS | 103 << 16, len(head)) + head
+            )
+
+    def extend_deadline(self, seconds):
+        """Lets this request run for so many seconds from now, within the configured maximum."""
+        milliseconds = min(max(int(seconds * 1000), 0), 0xFFFFFFFF)
+        self.channel.send_now(pack_prefix(4, self.id, EXTEND, milliseconds))
+
+    def client_disconnected(self):
+        """Whether the client of this request is known to be gone."""
+        return unpack_u32(self.channel.page, PAGE_GONE)[0] == self.id
+
+    # The answer, in every form but the hot loop's.
+
+    def respond(self, result):
+        """Sends what the application returned, and closes it whatever happens."""
+        try:
+            try:
+                if not (self.send_file(result) or self.send_list(result)):
+                    for piece in result:
+                        self.put(piece)
+                    self.end()
+            except BaseException as error:
+                self.fail(error)
+        finally:
+            close = getattr(result, "close", None)
+            if close is not None:
+                try:
+                    self.channel.flush()
+                    close()
+                except BaseException as error:
+                    self.fail(error)
+
+    def send_list(self, result):
+        """A list or tuple is there as a whole, so it leaves as a whole and gets its Content-Length
+        from uringd.
+        """
+        if not isinstance(result, (list, tuple)) or self.begun:
+            return False
+        if self.started is None:
+            raise AssertionError("the application returned without having called start_response")
+        self.whole(b"".join(result))
+        return True
+
+    def send_file(self, result):
+        if type(result) is not FileWrapper or self.begun or self.started is None:
+            return False
+        found = regular_file(result.filelike)
+        if found is None:
+            return False
+        fd, offset, length = found
+        promised = self.content_length()
+        if promised is not None:
+            length = min(length, promised)
+        code, head = self.head()
+        self.begun = self.ended = self.rare = True
+        channel = self.channel
+        channel.send_descriptor(fd)
+        payload = head + pack_file(offset, length)
+        channel.out.append(pack_prefix(4 + len(payload), self.id, FILE | code, len(head)) + payload)
+        channel.flush()
+        return True
+
+    def put(self, piece):
+        """One piece of the body, from an iterator or write(): PEP 3333 wants it on its way before
+        this returns.
+        """
+        if type(piece) is not bytes:
+            piece = check_body(piece)
+        if not piece:
+            return
+        channel = self.channel
+        if not self.begun:
+            if self.started is None:
+                raise AssertionError(
+                    "the application gave a piece of its body before it called start_response"
+                )
+            promised = self.content_length()
+            if promised is not None and len(piece) == promised <= PAYLOAD_BYTES_MAX:
+                # Nothing more may follow, so the answer is whole, and goes before the iterator is
+                # asked again.
+                self.whole(piece)
+                self.remaining = 0
+                channel.flush()
+                return
+            self.begin(promised)
+        if self.remaining is not None:
+            if len(piece) > self.remaining:
+                piece = piece[: max(0, self.remaining)]
+                if self.remaining >= 0:
+                    self.errors.write(
+                        "the body is longer than its Content-Length: the excess was not sent\n"
+                    )
+                self.remaining = -1  # said once
+            else:
+                self.remaining -= len(piece)
+            if not piece:
+                return
+        for at in range(0, len(piece), PAYLOAD_BYTES_MAX):
+            part = piece if len(piece) <= PAYLOAD_BYTES_MAX else piece[at : at + PAYLOAD_BYTES_MAX]
+            channel.send_frame(pack_header(len(part), self.id, PIECE), part)
+        channel.flush()
+
+    def begin(self, promised=None):
+        code, head = self.head()
+        self.begun = self.rare = True
+        self.remaining = promised
+        prefix = pack_prefix(4 + len(head), self.id, BEGIN | code, len(head))
+        self.channel.out.append(prefix + head)
+
+    def end(self):
+        """After the last piece: closes the answer that was begun, or gives one without a body."""
+        if self.ended:
+            return
+        if self.started is None:
+            raise AssertionError("the application returned without having called start_response")
+        if not self.begun:
+            self.whole(b"")
+            return
+        kind = END
+        if (self.remaining or 0) > 0 and not self.bodiless():
+            self.errors.write(
+                "the body is %d bytes shorter than its Content-Length\n" % self.remaining
+            )
+            kind |= END_FAILED
+        self.ended = True
+        self.channel.out.append(pack_header(0, self.id, kind))
+        self.channel.flush()
+
+    def whole(self, body):
+        if len(body) > PAYLOAD_BYTES_MAX:
+            if self.content_length() is None:
+                self.started[1].append(("Content-Length", str(len(body))))
+            self.begin()
+            self.put(body)
+            self.end()
+            return
+        code, head = self.head()
+        self.begun = self.ended = self.rare = True
+        payload_bytes = 4 + len(head) + len(body)
+        prefix = pack_prefix(payload_bytes, self.id, RESPONSE | code, len(head))
+        self.channel.send_frame(prefix + head, body)
+
+    def head(self):
+        status, headers = self.started
+        kind, reason = STATUSES[status]
+        return kind & ~0xFFFF, encode_head(reason, headers)
+
+    def content_length(self):
+        for name, value in self.started[1]:
+            if name.lower() == "content-length" and value.isdigit():
+                return int(value)
+        return None
+
+    def bodiless(self):
+        return self.environ.get("REQUEST_METHOD") == "HEAD" or self.started[0][:3] in ("204", "304")
+
+    def fail(self, error):
+        """The application raised: 500 if nothing was sent, a broken answer if something was; one
+        traceback.
+        """
+        worker = self.channel.worker
+        if os.getpid() != worker.pid:
+            leave_forked_child(error)
+        if isinstance(error, ChannelError):
+            raise error
+        if app_frames(error.__traceback__) is None:
+            error = self.explain(error)
+        try:
+            self.errors.flush()
+            method, path = self.environ.get("REQUEST_METHOD"), self.environ.get("RAW_URI")
+            self.errors.write(
+                "the application failed in %s %s\n%s" % (method, path, format_error(error))
+            )
+        except Exception:
+            # An exception whose text cannot be made must not take the answer with it.
+            write_stderr(
+                "the application failed with %s, which cannot be printed\n" % type(error).__name__
+            )
+        if not self.begun:
+            self.started = "500 Internal Server Error", [
+                ("Content-Type", "text/plain; charset=utf-8")
+            ]
+            self.whole(b"Internal Server Error\n")
+        elif not self.ended:
+            self.ended = True
+            self.channel.out.append(pack_header(0, self.id, END | END_FAILED))
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            worker.end(exit_status(error))
+
+    def explain(self, error):
+        """An error that no frame of the application raised is about what it gave us: say that in
+        words.
+        """
+        try:
+            if self.started is not None and not self.begun:
+                STATUSES[self.started[0]]
+                check_headers(self.started[1])
+        except (TypeError, ValueError) as clear:
+            return clear
+        if isinstance(error, TypeError) and "sequence item" in str(error):
+            return TypeError("the body is a list with something other than bytes in it: %s" % error)
+        if isinstance(error, TypeError) and "not iterable" in str(error):
+            return TypeError("the application returned no iterable of bytes: %s" % error)
+        return error
+
+
+def exit_status(error):
+    code = getattr(error, "code", 1)
+    return 0 if code is None else code & 0xFF if isinstance(code, int) else 1
+
+
+def leave_forked_child(error=None):
+    """A child that the application forked came back to us. It has no channel; it ends as if it had
+    exited.
+    """
+    status = EXIT_GARBAGE
+    if isinstance(error, SystemExit):
+        status = exit_status(error)
+    elif error is not None and not isinstance(error, ChannelError):
+        write_stderr("a child forked by the application failed\n" + format_error(error))
+        status = 1
+    else:
+        write_stderr(
+            "a child forked by the application returned into the worker; use os._exit() in it\n"
+        )
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:
+            pass
+    os._exit(status)
+
+
+# A channel: two sockets and a page, served by one thread.
+
+
+class ChannelError(BrokenPipeError):
+    """uringd has gone, or this is a child that has no channel: nothing can be answered any more."""
+
+
+class Channel:
+    def __init__(self, worker, data_fd, fds_fd, page_fd):
+        self.worker = worker
+        self.data = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, data_fd)
+        self.fds = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds_fd)
+        self.page = mmap.mmap(page_fd, PAGE_BYTES)
+        os.close(page_fd)
+        # Frames that are ready and not yet sent. Only the channel's own thread touches it.
+        self.out = []
+        self.lock = threading.Lock()  # of the data socket's writing side: see send_now
+        self.thread = None
+        self.exchange = None
+        for sock in (self.data, self.fds):
+            sock.setblocking(True)
+
+    def run(self, app):
+        """Serves until uringd ends the channel or the worker ends; a frame that breaks a rule ends
+        the worker.
+        """
+        self.thread = threading.get_ident()
+        try:
+            self.serve(app)
+        except BaseException as error:
+            if os.getpid() != self.worker.pid:
+                leave_forked_child(None if isinstance(error, OSError) else error)
+            if not isinstance(error, (BrokenPipeError, ConnectionResetError)):
+                write_stderr(
+                    "uringd worker %d: the channel failed\n%s"
+                    % (os.getpid(), format_error(error, True))
+                )
+                self.worker.end(EXIT_GARBAGE)
+        finally:
+            self.close()
+            self.worker.end()
+
+    def serve(self, app):
+        """The hot loop: one recv, one loads, one copy and update and one send; everything rare is
+        elsewhere.
+        """
+        worker, page, out, lock = self.worker, self.page, self.out, self.lock
+        receive, send, clock, join = self.data.recv, self.data.sendall, time.perf_counter, b"".join
+        unpack, pack, statuses, kind_of_most = unpack_prefix, pack_prefix, STATUSES, REQUEST
+        copy_bytes_max = COPY_BYTES_MAX
+        exchange = self.exchange = Exchange(self)
+        start_response = exchange.start_response
+        pre_request = worker.hooks.get("pre_request")
+        post_request = worker.hooks.get("post_request")
+        base_copy = worker.base_environ(exchange).copy
+        quick, held_from = 0, 0.0
+        exchange.environ = environ = base_copy()
+        while not page[PAGE_END]:
+            data = receive(RECEIVE_BYTES)
+            if not data:
+                return
+            at, size = 0, len(data)
+            while True:
+                if size - at < 16:
+                    data = self.receive_rest(data[at:], 16)
+                    at, size = 0, len(data)
+                payload_bytes, id, kind, environ_bytes = unpack(data, at)
+                stop = at + 12 + payload_bytes
+                if stop > size:
+                    data = self.receive_rest(data[at:], 12 + payload_bytes)
+                    at, size, stop = 0, len(data), 12 + payload_bytes
+                split = at + 16 + environ_bytes
+                environ.update(loads(data[at + 16 : split]))
+                if split == stop and kind == kind_of_most:
+                    environ["wsgi.input"] = BytesIO()
+                else:
+                    environ["wsgi.input"] = self.body(exchange, kind, data, split, stop)
+                exchange.id, exchange.started = id, None
+                try:
+                    if pre_request is not None:
+                        pre_request(exchange)
+                    result = app(environ, start_response)
+                    started = exchange.started
+                    if type(result) is list and started is not None and not exchange.rare:
+                        body = join(result)
+                        status, headers = started
+                        kind, reason = statuses[status]
+                        lines = "".join([name + ": " + value + "\r\n" for name, value in headers])
+                        if lines.count("\n") != len(headers):
+                            check_headers(headers)
+                        head = (reason + lines).encode("latin-1")
+                        head_bytes, body_bytes = len(head), len(body)
+                        if head_bytes + body_bytes > copy_bytes_max:
+                            exchange.whole(body)
+                            self.tidy(exchange)
+                        else:
+                            out.append(
+                                pack(4 + head_bytes + body_bytes, id, kind, head_bytes)
+                                + head
+                                + body
+                            )
+                    else:
+                        exchange.respond(result)
+                        self.tidy(exchange)
+                except BaseException as error:
+                    exchange.fail(error)
+                    self.tidy(exchange)
+                if post_request is not None:
+                    self.flush()
+                    post_request(exchange)
+                # So that an idle worker does not hold what it answered last.
+                result = body = None
+                at = stop
+                if at == size:
+                    break
+                if page[PAGE_END]:
+                    self.flush()
+                    return
+                if not held_from:
+                    held_from = clock()
+                if quick < QUICK_BATCHES or len(out) >= HELD_MAX:
+                    # What sending takes is not the application's slowness: the reader may run.
+                    sent_from = clock()
+                    self.flush()
+                    held_from += clock() - sent_from
+                exchange.environ = environ = base_copy()
+            if out:
+                with lock:
+                    send(out[0] if len(out) == 1 else join(out))
+                out.clear()
+            if held_from:
+                took = clock() - held_from
+                if took > QUICK_SECONDS:
+                    quick = max(0, quick - int(took / QUICK_SECONDS) * SLOW_COST)
+                elif quick < 2 * QUICK_BATCHES:
+                    quick += 1
+                held_from = 0.0
+            # Prepared after the answer has left, where nobody waits for it.
+            exchange.environ = environ = base_copy()
+
+    def body(self, exchange, kind, data, split, stop):
+        """wsgi.input of a request that has a body, inline or in a file; or the end of a channel
+        that sent garbage.
+        """
+        if kind == REQUEST and split < stop:
+            return BytesIO(data[split:stop])
+        if kind == REQUEST_WITH_FILE and split + 8 == stop:
+            file = BodyFile(self.receive_descriptor(), unpack_u64(data, split)[0])
+            exchange.body_file = io.BufferedReader(file, 65536)
+            exchange.rare = True
+            return exchange.body_file
+        raise ValueError("a frame of uringd is of no known kind, or holds less than it says")
+
+    def tidy(self, exchange):
+        """After a request that was not as usual: the exchange is made ready for the next one."""
+        if exchange.errors.partial:
+            exchange.errors.flush()
+        if exchange.body_file is not None:
+            exchange.body_file.close()
+            exchange.body_file = None
+        exchange.begun = exchange.ended = exchange.rare = False
+        exchange.remaining = None
+
+    def receive_rest(self, data, needed):
+        """A frame arrived in part: everything until it is whole. What is ready leaves first, for
+        this may wait.
+        """
+        self.flush()
+        parts, have = [data], len(data)
+        while have < needed:
+            part = self.data.recv(max(RECEIVE_BYTES, min(needed - have, 1 << 20)))
+            if not part:
+                raise ConnectionResetError("uringd ended the channel in the middle of a frame")
+            parts.append(part)
+            have += len(part)
+        return b"".join(parts)
+
+    def flush(self):
+        out = self.out
+        if out:
+            self.send_locked(out[0] if len(out) == 1 else b"".join(out))
+            out.clear()
+
+    def send_frame(self, start, body):
+        """A frame whose body may be large: joined to what is ready if small, sent from where it
+        lies if not.
+        """
+        if len(body) <= COPY_BYTES_MAX:
+            self.out.append(start + body)
+            return
+        self.out.append(start)
+        start = b"".join(self.out)
+        self.out.clear()
+        self.send_locked(start, body)
+
+    def send_now(self, frame):
+        """A frame beside the answer, perhaps from another thread of the application."""
+        if threading.get_ident() == self.thread:
+            self.flush()
+        self.send_locked(frame)
+
+    def send_locked(self, start, body=b""):
+        """All of both, in one piece on the socket whichever threads send: hence the lock."""
+        try:
+            with self.lock:
+                if not body:
+                    self.data.sendall(start)
+                    return
+                sent = self.data.sendmsg([start, body])
+                if sent < len(start):
+                    self.data.sendall(start[sent:])
+                    sent = len(start)
+                if sent < len(start) + len(body):
+                    self.data.sendall(memoryview(body)[sent - len(start) :])
+        except OSError as error:
+            raise ChannelError(*error.args) from None
+
+    def send_descriptor(self, fd):
+        rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd)
+        try:
+            self.fds.sendmsg([b"f"], [rights])
+        except OSError as error:
+            raise ChannelError(*error.args) from None
+
+    def receive_descriptor(self):
+        descriptors = receive_descriptors(self.fds, 1, 1)[1]
+        if len(descriptors) != 1:
+            raise ValueError("a frame of uringd speaks of a descriptor that did not come")
+        return descriptors[0]
+
+    def tell(self, kind, payload):
+        """READY or FAILED: a frame that belongs to no request."""
+        self.send_now(pack_header(len(payload), 0, kind) + payload)
+
+    def end(self):
+        """The thread ends after its present request, or at once if it waits: its recv then returns
+        nothing.
+        """
+        try:
+            self.page[PAGE_END] = 1
+            self.data.shutdown(socket.SHUT_RD)
+        except (OSError, ValueError):
+            pass  # closed already
+
+    def close(self):
+        self.data.close()
+        self.fds.close()
+
+
+def receive_descriptors(sock, size, count):
+    """(data, descriptors) of one recvmsg; more descriptors than expected, or lost ones, are an
+    error.
+    """
+    data, control, flags, _ = sock.recvmsg(size, socket.CMSG_SPACE(4 * count), MSG_CMSG_CLOEXEC)
+    descriptors = []
+    for level, kind, payload in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            whole = len(payload) // 4
+            descriptors.extend(struct.unpack("%di" % whole, payload[: 4 * whole]))
+    for fd in descriptors:
+        os.set_inheritable(fd, False)
+    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        for fd in descriptors:
+            os.close(fd)
+        raise ValueError("a record of uringd was cut off")
+    return data, descriptors
+
+
+# A worker process.
+
+
+class Worker:
+    def __init__(self, zygote, id, descriptors):
+        self.zygote, self.start, self.id = zygote, zygote.start, id
+        self.pid, self.hooks, self.status = os.getpid(), {}, 0
+        self.forking = threading.local()  # the signal mask to go back to after a fork
+        self.channels = [
+            Channel(self, *descriptors[at : at + 3]) for at in range(0, len(descriptors), 3)
+        ]
+
+    def run(self):
+        """Loads the application if the zygote has not, serves it, returns the status to exit with.
+
+        Status 0 means that every request that was begun has been answered.
+        """
+        die_with_parent(self.zygote.pid)
+        name_process("uringd-worker")
+        self.take_signals()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self.before_fork,
+                after_in_parent=self.after_fork,
+                after_in_child=self.leave_channels,
+            )
+        config = self.zygote.config
+        gunicorn = config and config.worker(self)
+        try:
+            if config:
+                config.call("post_fork", config.server, gunicorn)
+            app = self.zygote.load() if self.zygote.app is None else self.zygote.app
+            if config:
+                config.call("post_worker_init", gunicorn)
+                self.hooks = config.request_hooks(gunicorn)
+        except BaseException as error:
+            self.tell(FAILED, load_failure(error, self.start).encode("utf-8", "backslashreplace"))
+            return EXIT_LOAD
+        # Again: the application may have set handlers of its own when it was imported.
+        self.take_signals()
+        signal.signal(signal.SIGTERM, lambda signum, frame: self.end())
+        signal.signal(signal.SIGABRT, lambda signum, frame: self.abort(gunicorn))
+        # What was loaded stays: the collector need not look at it again, and shared pages stay
+        # shared.
+        freeze()
+        ready = dict(interpreter(), pid=self.pid, threads=len(self.channels), interface="wsgi")
+        self.tell(READY, json.dumps(ready).encode())
+        threads = [
+            threading.Thread(
+                target=channel.run, args=(app,), name="uringd-%d" % number, daemon=True
+            )
+            for number, channel in enumerate(self.channels)
+        ]
+        for thread in threads[1:]:
+            thread.start()
+        self.channels[0].run(app)
+        for thread in threads[1:]:
+            thread.join()
+        if config:
+            config.call("worker_exit", config.server, gunicorn)
+        return self.status
+
+    def base_environ(self, exchange):
+        """What every request's environ begins with: uringd's part, then what only this process can
+        make.
+        """
+        environ = {
+            "SCRIPT_NAME": "",
+            "SERVER_SOFTWARE": "uringd",
+            "wsgi.url_scheme": "http",
+            "wsgi.multiprocess": True,
+        }
+        environ.update(self.start.get("base") or {})
+        environ.update(
+            {
+                "wsgi.version": (1, 0),
+                "wsgi.multithread": len(self.channels) > 1,
+                "wsgi.run_once": False,
+                "wsgi.input": None,
+                "wsgi.input_terminated": True,
+                "wsgi.errors": exchange.errors,
+                "wsgi.file_wrapper": FileWrapper,
+                "wsgi.early_hints": exchange.early_hints,
+                "uringd.client_disconnected": exchange.client_disconnected,
+                "uringd.extend_deadline": exchange.extend_deadline,
+            }
+        )
+        return environ
+
+    def take_signals(self):
+        """Ctrl-C and a hang-up go to the whole group, and are uringd's to act on.
+
+        Handlers that do nothing, not SIG_IGN, which programs started by the application would
+        inherit. SIGUSR1 prints where every thread is, from C, so also when one of them never gives
+        up the interpreter.
+        """
+        for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(signum, do_nothing)
+        for signum in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(signum, signal.SIG_DFL)
+        dump_traceback_on_usr1()
+
+    def abort(self, gunicorn):
+        """SIGABRT: a request ran into its deadline. Nothing is finished; the hook may say so to
+        others.
+        """
+        if os.getpid() == self.pid and gunicorn is not None:
+            try:
+                self.zygote.config.call("worker_abort", gunicorn)
+            except BaseException as error:
+                write_stderr("the hook worker_abort failed\n" + format_error(error))
+        os._exit(1)
+
+    def end(self, status=0):
+        """Every thread finishes its present request; the requests behind it are uringd's to give to
+        another.
+        """
+        if os.getpid() != self.pid:
+            os._exit(status)
+        self.status = self.status or status
+        for channel in self.channels:
+            channel.end()
+
+    def tell(self, kind, payload):
+        for channel in self.channels:
+            try:
+                channel.tell(kind, payload)
+            except OSError:
+                pass  # uringd has gone; serving will find that out
+
+    def before_fork(self):
+        """A signal that reached a child before it has its own handlers would be lost: CPython
+        forgets what came until its hooks run. multiprocessing's Process.terminate() is such a
+        signal.
+        """
+        self.forking.mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGABRT)
+        )
+
+    def after_fork(self):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.forking.mask)
+
+    def leave_channels(self):
+        """In a child that the application forked: it must not answer, nor hold the channel open for
+        years.
+        """
+        for channel in self.channels:
+            channel.lock = threading.Lock()
+            channel.close()
+        try:
+            for signum in (signal.SIGTERM, signal.SIGABRT, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        except ValueError:
+            pass  # not the main thread: an interpreter whose fork does not make it so
+        self.after_fork()
+
+
+def do_nothing(signum, frame):
+    pass
+
+
+def dump_traceback_on_usr1():
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True, chain=False)
+    else:
+        signal.signal(
+            signal.SIGUSR1,
+            lambda signum, frame: write_stderr("".join(traceback.format_stack(frame))),
+        )
+
+
+def prctl(option, argument):
+    """True if the kernel took it. Nothing depends on it, and ctypes may be missing from a small
+    build.
+    """
+    try:
+        import ctypes
+
+        return ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0) == 0
+    except Exception:
+        return False
+
+
+def die_with_parent(parent):
+    """PR_SET_PDEATHSIG: SIGTERM, so that what runs is answered even when the zygote was killed."""
+    prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def name_process(name):
+    """PR_SET_NAME: at most 15 bytes, what top and ps -o comm show."""
+    prctl(15, name.encode())
+
+
+def freeze():
+    gc.collect()
+    if hasattr(gc, "freeze"):
+        gc.freeze()
+
+
+def interpreter():
+    return {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "implementation": sys.implementation.name,
+        "protocol": PROTOCOL,
+    }
+
+
+# Finding the application, and saying why it was not found.
+
+
+class LoadError(Exception):
+    """The target does not name an application. Shown without a traceback; ends with what to try."""
+
+
+DEFAULT_NAMES = ("application", "app")
+
+
+def parse_target(target):
+    """`module:a.b(1, x="y")` as (module, ["a", "b"], None or (args, kwargs)); without attribute the
+    list is empty.
+    """
+    module, colon, expression = target.partition(":")
+    if not module or not all(part.isidentifier() for part in module.split(".")):
+        written = module.rstrip("/").replace("/", ".")
+        written = (written[:-3] if written.endswith(".py") else written).lstrip(".")
+        raise LoadError(
+            "%r is not the name of a module\nhint: name the module, not the file: %s:%s"
+            % (module, written or "module", expression or "app")
+        )
+    if not colon:
+        return module, [], None
+    call = None
+    try:
+        node = ast.parse(expression, mode="eval").body
+        if isinstance(node, ast.Call):
+            args = [ast.literal_eval(arg) for arg in node.args]
+            call = args, {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+            node = node.func
+        names = []
+        while isinstance(node, ast.Attribute):
+            names.insert(0, node.attr)
+            node = node.value
+        if not isinstance(node, ast.Name) or call and None in call[1]:
+            raise ValueError
+    except (SyntaxError, ValueError):
+        raise LoadError(
+            "%r is neither an attribute nor a call of one with literal arguments\n"
+            'hint: write %s:app, %s:config.app or %s:create_app("production")'
+            % (expression, module, module, module)
+        ) from None
+    return module, [node.id] + names, call
+
+
+def load_app(target, interface=None):
+    """Imports the module and returns the application; raises what the import raised, or a
+    LoadError.
+    """
+    module_name, names, call = parse_target(target)
+    module = importlib.import_module(module_name)
+    if not names:
+        names = [name for name in DEFAULT_NAMES if hasattr(module, name)][:1] or ["application"]
+    found, path = module, module_name
+    for name in names:
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            raise LoadError(
+                "%s has no attribute %r\nhint: %s" % (path, name, attributes_hint(found, path))
+            ) from None
+        path += (":" if found is not module and ":" not in path else ".") + name
+    if call is not None:
+        if not callable(found):
+            raise LoadError(
+                "%s is %s, which cannot be called\nhint: leave out the parentheses"
+                % (path, type(found).__name__)
+            )
+        found = found(*call[0], **call[1])
+        path += "()"
+    if not callable(found):
+        raise LoadError(
+            "%s is %s, not an application: it cannot be called\nhint: %s"
+            % (path, type(found).__name__, attributes_hint(module, module_name))
+        )
+    if interface != "wsgi":
+        check_interface(found, path)
+    return found
+
+
+def check_interface(app, path):
+    """Tells an ASGI application and a factory from a WSGI application by looking at what can be
+    called.
+    """
+    import inspect
+
+    call = app if inspect.isroutine(app) else getattr(type(app), "__call__", None)
+    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(call):
+        raise LoadError(
+            "%s is an ASGI application\nhint: this uringd runs WSGI applications; an adapter like "
+            "a2wsgi.ASGIMiddleware makes one of it, or force it with --interface wsgi" % path
+        )
+    if inspect.isfunction(app):
+        try:
+            inspect.signature(app).bind(None, None)
+        except TypeError:
+            raise LoadError(
+                "%s does not take the two arguments of a WSGI application, environ and "
+                "start_response\n"
+                "hint: if it makes the application, have it called: %s()" % (path, path)
+            ) from None
+        except ValueError:
+            pass
+
+
+def attributes_hint(owner, path):
+    """The attributes that could be meant, those with a likely name first."""
+    likely, others = [], []
+    for name, value in sorted(getattr(owner, "__dict__", {}).items()):
+        if (
+            name.startswith("_")
+            or not callable(value)
+            or isinstance(value, type)
+            and value.__module__ != path
+        ):
+            continue
+        made_here = getattr(value, "__module__", path) == path
+        (likely if "app" in name.lower() else others if made_here else []).append(name)
+    names = (likely + others)[:8]
+    if not names:
+        return "%s has nothing that can be called; is it the right module?" % path
+    return "%s has: %s" % (path, ", ".join(names))
+
+
+def load_failure(error, start):
+    """The text for the operator: the traceback as Python shows it, without our frames, and one line
+    of hint.
+    """
+    if isinstance(error, LoadError):
+        return "%s\n" % error
+    text = format_error(error) + "hint: %s\n" % load_hint(error, start)
+    # A record holds 64 KiB, and JSON may make six bytes of a character. The end is what matters.
+    return text if len(text) < 10000 else "...\n" + text[-10000:]
+
+
+def load_hint(error, start):
+    module = start.get("app", "").partition(":")[0]
+    python = "%s (%s)" % (sys.executable or "this interpreter", interpreter()["python"])
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        if error.name == module.partition(".")[0] or module.startswith(error.name + "."):
+            return missing_module_hint(error.name)
+        beside = virtual_environment_beside()
+        if beside:
+            return (
+                "%r is not installed for %s; there is a virtual environment here: try --python %s"
+                % (error.name, python, beside)
+            )
+        return (
+            "%r is not installed for %s: install it there, or give its interpreter with --python"
+            % (error.name, python)
+        )
+    if isinstance(error, SyntaxError):
+        return "the interpreter is %s; --python gives another" % python
+    if isinstance(error, SystemExit):
+        return (
+            "the module exits when it is imported: put what it runs under "
+            '`if __name__ == "__main__":`'
+        )
+    if isinstance(error, ImportError):
+        return "the interpreter is %s; `%s -c 'import %s'` shows the same error" % (
+            python,
+            sys.executable or "python3",
+            module,
+        )
+    return (
+        "the application raised this while it was loaded; `%s -c 'import %s'` in %s may show "
+        "the same" % (sys.executable or "python3", module, os.getcwd())
+    )
+
+
+def missing_module_hint(name):
+    here = os.getcwd()
+    root, rest = name.split(".")[0], name.replace(".", os.sep)
+    for entry in sorted(os.listdir(here))[:1000]:
+        if os.path.isfile(os.path.join(here, entry, rest + ".py")) or os.path.isfile(
+            os.path.join(here, entry, rest, "__init__.py")
+        ):
+            return "%s is in %s: try --chdir %s" % (name, os.path.join(here, entry), entry)
+    if root != name:
+        return "there is no %s in %s" % (name, os.path.join(here, root))
+    return (
+        "there is no %s.py and no package %s in %s: start in its directory or give it with --chdir"
+        % (root, root, here)
+    )
+
+
+def virtual_environment_beside():
+    for name in (".venv", "venv", "env"):
+        path = os.path.join(name, "bin", "python")
+        if os.path.exists(path) and os.path.abspath(name) != sys.prefix:
+            return path
+    return None
+
+
+def app_frames(frames):
+    """The traceback from the application's first frame on; None if the application had no part in
+    it.
+    """
+    while frames is not None:
+        code = frames.tb_frame.f_code
+        ours = frames.tb_frame.f_globals is globals()
+        importing = "frozen importlib" in code.co_filename or (
+            code.co_filename == importlib.__file__ and code.co_name == "import_module"
+        )
+        if not (ours or importing):
+            return frames
+        frames = frames.tb_next
+    return None
+
+
+def format_error(error, ours=False):
+    frames = error.__traceback__ if ours else app_frames(error.__traceback__)
+    return "".join(traceback.format_exception(type(error), error, frames))
+
+
+# The hooks of a gunicorn.conf.py.
+
+
+class Config:
+    """A gunicorn.conf.py: executed once, in the zygote; its functions are called with gunicorn's
+    arguments.
+
+    Its settings are uringd's to read; here they are only what `cfg` shows to the hooks.
+    """
+
+    def __init__(self, path):
+        import logging
+        from types import SimpleNamespace
+
+        self.names = {
+            "__file__": os.path.abspath(path),
+            "__name__": "__config__",
+            "__builtins__": __builtins__,
+        }
+        with open(path, "rb") as source:
+            exec(compile(source.read(), path, "exec"), self.names)
+        self.log = logging.getLogger("uringd")
+        if not self.log.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("[%(process)d] %(levelname)s %(message)s"))
+            self.log.addHandler(handler)
+            self.log.setLevel(logging.INFO)
+            self.log.propagate = False
+        self.cfg = SimpleNamespace(**{k: v for k, v in self.names.items() if not k.startswith("_")})
+        self.server = SimpleNamespace(pid=os.getpid(), log=self.log, cfg=self.cfg, address=[])
+
+    def worker(self, worker=None, pid=None, age=0):
+        """What gunicorn's hooks know as `worker`."""
+        from types import SimpleNamespace
+
+        return SimpleNamespace(
+            pid=worker.pid if worker else pid,
+            age=worker.id if worker else age,
+            ppid=self.server.pid,
+            log=self.log,
+            cfg=self.cfg,
+            alive=True,
+            nr=0,
+            app=None,
+            wsgi=None,
+        )
+
+    def call(self, name, *args):
+        hook = self.names.get(name)
+        if callable(hook):
+            hook(*args)
+
+    def call_safely(self, name, *args):
+        """In the zygote an error of a hook is only logged: the zygote has work to go on with."""
+        try:
+            self.call(name, *args)
+        except Exception as error:
+            write_stderr("the hook %s failed\n%s" % (name, format_error(error)))
+
+    def request_hooks(self, worker):
+        """pre_request(worker, req) and post_request(worker, req, environ, resp), as functions of
+        the exchange.
+        """
+        from types import SimpleNamespace
+
+        def request(environ):
+            headers = [
+                (k[5:].replace("_", "-"), v) for k, v in environ.items() if k.startswith("HTTP_")
+            ]
+            return SimpleNamespace(
+                method=environ.get("REQUEST_METHOD"),
+                path=environ.get("PATH_INFO"),
+                uri=environ.get("RAW_URI"),
+                query=environ.get("QUERY_STRING"),
+                headers=headers,
+                body=environ.get("wsgi.input"),
+            )
+
+        def pre_request(exchange):
+            pre(worker, request(exchange.environ))
+
+        def post_request(exchange):
+            status, headers = exchange.started or ("500 Internal Server Error", [])
+            response = SimpleNamespace(status=status, status_code=int(status[:3]), headers=headers)
+            try:
+                worker.nr += 1
+                args = worker, request(exchange.environ), exchange.environ, response
+                post(*args[:arity])
+            except Exception as error:
+                exchange.errors.write("the hook post_request failed\n%s" % format_error(error))
+
+        hooks, pre, post = {}, self.names.get("pre_request"), self.names.get("post_request")
+        if callable(pre):
+            hooks["pre_request"] = pre_request
+        if callable(post):
+            # gunicorn has given this hook two, three and four arguments in its time, and honours
+            # all of them.
+            code = getattr(post, "__code__", None)
+            arity = min(4, code.co_argcount) if code and not code.co_flags & 4 else 4
+            hooks["post_request"] = post_request
+        return hooks
+
+
+# The zygote.
+
+
+class Zygote:
+    """One thread that forks and reaps. It holds no channel: each worker's descriptors are closed
+    here at once.
+    """
+
+    RESTART = (
+        "URINGD_ZYGOTE_START"  # the start record, for an interpreter that begins anew: see restart
+    )
+
+    def __init__(self):
+        self.pid = os.getpid()
+        self.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, CONTROL_FD)
+        self.control.setblocking(True)
+        self.control.set_inheritable(False)
+        self.workers = {}  # pid: the id that uringd gave it
+        self.app = self.config = None
+        self.start = {}
+
+    def run(self):
+        """Returns a Worker in a child that is to become one; in the zygote itself None, when all is
+        over.
+        """
+        # Whoever started us may have blocked or ignored signals for its own threads.
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(
+                signum, do_nothing
+            )  # the end of the control socket ends a zygote, nothing else
+        signal.signal(signal.SIGCHLD, do_nothing)
+        dump_traceback_on_usr1()
+        name_process("uringd-zygote")
+        if not self.begin():
+            return None
+        self.wake, wake = os.pipe()
+        for fd in (self.wake, wake):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        try:
+            worker = self.serve()
+        finally:
+            signal.set_wakeup_fd(-1)
+            os.close(self.wake)
+            os.close(wake)
+        if worker is None:
+            self.end_workers()
+            if self.config:
+                self.config.call_safely("on_exit", self.config.server)
+        return worker
+
+    def begin(self):
+        """Reads `start`, makes the surroundings of the application, loads it if told to; says ready
+        or failed.
+        """
+        record = os.environ.pop(self.RESTART, None)
+        if record is None:
+            record = self.control.recv(RECORD_BYTES_MAX)
+            if not record:
+                return False
+        record = json.loads(record)
+        self.start = start = record["start"]
+        warning, threads = record.get("warning"), 1
+        try:
+            if start.get("chdir"):
+                os.chdir(start["chdir"])
+            os.environ.update(start.get("env") or {})
+            sys.argv = ["uringd"]
+            sys.path[:] = search_path(start.get("pythonpath") or [])
+            if start.get("interface") == "asgi":
+                raise LoadError(
+                    "this worker runs WSGI applications only\nhint: leave --interface asgi out"
+                )
+            if start.get("worker_class") not in (None, "sync", "gthread"):
+                raise LoadError(
+                    "this worker has no worker class %r\n"
+                    "hint: leave --worker-class out: requests run on "
+                    "--threads threads of each worker" % start["worker_class"]
+                )
+            if start.get("config"):
+                self.config = Config(start["config"])
+                self.config.call("on_starting", self.config.server)
+            parse_target(start["app"])
+            if start.get("preload"):
+                self.app = self.load()
+                threads = thread_count()
+        except BaseException as error:
+            self.tell({"failed": load_failure(error, start)})
+            return False
+        if threads > 1:
+            if warning is None and self.restart(threads):
+                return False
+            self.app = None
+        ready = dict(interpreter(), interface=None if self.app is None else "wsgi")
+        if warning:
+            ready["warning"] = warning
+        freeze()
+        self.tell({"ready": ready})
+        if self.config:
+            self.config.call_safely("when_ready", self.config.server)
+        return True
+
+    def load(self):
+        return load_app(self.start["app"], self.start.get("interface"))
+
+    def restart(self, threads):
+        """The application started threads when it was imported, and a fork copies only one of them,
+        with the locks that the others hold. So this interpreter begins anew, and each worker loads
+        the application itself.
+        """
+        names = ", ".join(t.name for t in threading.enumerate() if t is not threading.main_thread())
+        warning = (
+            "the application was not preloaded: importing it started %d more thread%s "
+            "(%s), which a fork would "
+            "not copy; each worker loads it by itself"
+            % (threads - 1, "" if threads == 2 else "s", names or "not Python's")
+        )
+        with open("/proc/self/cmdline", "rb") as cmdline:
+            argv = [os.fsdecode(arg) for arg in cmdline.read().split(b"\0")[1:-1]]
+        if not sys.executable or not ("-c" in argv or "__file__" in globals()):
+            self.tell(
+                {
+                    "failed": warning.replace("was not", "cannot be")
+                    + "\nhint: leave --preload out\n"
+                }
+            )
+            return True
+        record = {"start": dict(self.start, preload=False), "warning": warning}
+        environ = dict(os.environ, **{self.RESTART: json.dumps(record)})
+        os.set_inheritable(CONTROL_FD, True)
+        try:
+            os.execve(sys.executable, [sys.executable] + argv, environ)
+        except OSError as error:
+            self.tell(
+                {
+                    "failed": "%s\n%s could not be run again: %s\nhint: leave --preload out\n"
+                    % (warning, sys.executable, error)
+                }
+            )
+        return True
+
+    def serve(self):
+        """Waits for records and for children; returns a Worker in the child, None at the end of the
+        control socket.
+        """
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        poll.register(self.wake, select.POLLIN)
+        per_worker = 3 * int(self.start.get("threads") or 1)
+        while True:
+            ready = [fd for fd, _ in poll.poll()]
+            if self.wake in ready:
+                self.drain_wake()
+                self.reap()
+            if CONTROL_FD not in ready:
+                continue
+            try:
+                record, descriptors = receive_descriptors(
+                    self.control, RECORD_BYTES_MAX, per_worker
+                )
+            except ConnectionResetError:
+                return None
+            if not record:
+                return None
+            id = json.loads(record).get("fork")
+            if id is None:
+                continue
+            worker = self.fork(id, descriptors, per_worker)
+            if worker is not None:
+                return worker
+
+    def fork(self, id, descriptors, expected):
+        if len(descriptors) != expected:
+            pid, error = None, "%d descriptors came, not %d" % (len(descriptors), expected)
+        else:
+            if self.config:
+                self.config.call_safely("pre_fork", self.config.server, self.config.worker(age=id))
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()  # or both processes would write what is in the buffer
+            try:
+                pid, error = os.fork(), None
+            except OSError as failure:
+                pid, error = None, str(failure)
+        if pid == 0:
+            self.control.close()
+            return Worker(self, id, descriptors)
+        for fd in descriptors:
+            os.close(fd)
+        if error is not None:
+            self.tell({"forked": id, "error": error})
+        else:
+            self.workers[pid] = id
+            self.tell({"forked": id, "pid": pid})
+        return None
+
+    def reap(self):
+        while self.workers:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            id = self.workers.pop(pid, None)
+            if id is not None:
+                self.tell({"exited": pid, "status": status})
+                if self.config:
+                    self.config.call_safely(
+                        "child_exit", self.config.server, self.config.worker(pid=pid, age=id)
+                    )
+
+    def drain_wake(self):
+        try:
+            while os.read(self.wake, 512):
+                pass
+        except BlockingIOError:
+            pass
+
+    def end_workers(self):
+        """SIGTERM to each, and SIGKILL to those that have not ended within the graceful time."""
+        deadline = time.monotonic() + float(self.start.get("graceful_timeout") or 30)
+        self.signal_workers(signal.SIGTERM)
+        while self.workers:
+            if time.monotonic() > deadline:
+                self.signal_workers(signal.SIGKILL)
+            self.reap()
+            if self.workers:
+                time.sleep(0.01)
+
+    def signal_workers(self, signum):
+        for pid in self.workers:
+            try:
+                os.kill(pid, signum)
+            except ProcessLookupError:
+                pass
+
+    def tell(self, record):
+        """uringd may have shut down its half already and still read ours; or be gone, which recv
+        will say.
+        """
+        try:
+            self.control.send(json.dumps(record).encode())
+        except OSError:
+            pass
+
+
+def search_path(added):
+    """The directory of the application first, as `python app.py` has it; then --pythonpath; then
+    Python's own.
+    """
+    own = [path for path in sys.path if path != ""]
+    if "__file__" in globals() and own and own[0] == os.path.dirname(os.path.abspath(__file__)):
+        own.pop(0)
+    path = []
+    for entry in [os.getcwd()] + [os.path.abspath(entry) for entry in added] + own:
+        if entry not in path:
+            path.append(entry)
+    return path
+
+
+def thread_count():
+    """Threads of this process, Python's and others (a library may have begun some in C)."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return threading.active_count()
+
+
+def main():
+    worker = Zygote().run()
+    sys.exit(worker.run() if worker is not None else 0)
+
+
+if __name__ == "__main__":
+    main()

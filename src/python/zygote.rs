@@ -1,0 +1,327 @@
+//! The one Python process that uringd starts itself, and the socket to it.
+//!
+//! uringd has many threads and holds rings, so it must never fork Python from itself. It starts a zygote, single-threaded and
+//! idle, which forks the workers when it is told to. Their ends of the sockets travel with the order.
+//!
+//! The program that the zygote runs is part of this binary, so the two sides of the protocol cannot differ in version, and
+//! nothing has to be installed where the application lives.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{fs::FileExt, net::UnixStream, process::CommandExt},
+    },
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    fs::MemfdFlags,
+    net::{
+        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+        SendFlags, SocketFlags, SocketType,
+    },
+};
+use serde::{Deserialize, Serialize};
+
+use super::PythonApp;
+
+/// What the zygote and its workers run.
+const SOURCE: &str = include_str!("../../python/uringd_worker.py");
+/// The program finds its control socket as descriptor 3. A child is given one as its standard input without unsafe code, so
+/// the first lines move it; not when the program runs itself again, for then it is there already.
+const PRELUDE: &str = "import os, stat
+if stat.S_ISSOCK(os.fstat(0).st_mode):
+    os.dup2(0, 3)
+    os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
+";
+/// The version of the protocol that this side speaks.
+const PROTOCOL: u32 = 1;
+/// Longest record on the control socket, in bytes.
+const RECORD_BYTES_MAX: usize = 64 << 10;
+/// Most threads of a worker: the kernel lets 253 descriptors travel together (SCM_MAX_FD), and each thread has three.
+pub const THREADS_MAX: usize = 64;
+const PAGE_BYTES: u64 = 4096;
+/// Where in the page the id of the request stands whose client is gone.
+const PAGE_GONE: u64 = 0;
+/// Where it says that the worker should end.
+const PAGE_END: u64 = 4;
+/// A zygote that was told to end is given this long.
+const END_WAIT: Duration = Duration::from_secs(5);
+/// And gives this to its workers, in seconds. By then no request is left that anybody waits for.
+const GRACE_SECONDS: u64 = 2;
+
+/// uringd's ends of what joins it with one thread of a worker.
+#[derive(Debug)]
+pub struct Channel {
+    pub data: UnixStream,
+    /// Descriptors of bodies, both ways.
+    pub descriptors: UnixStream,
+    /// Memory that the worker has mapped. Written like a file, which needs no mapping here and no unsafe code.
+    page: File,
+}
+
+/// What the zygote says.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum News {
+    Ready(About),
+    Failed(String),
+    #[serde(untagged)]
+    Forked {
+        forked: u64,
+        pid: i32,
+    },
+    #[serde(untagged)]
+    Unforked {
+        forked: u64,
+        error: String,
+    },
+    #[serde(untagged)]
+    Exited {
+        exited: i32,
+        status: i32,
+    },
+}
+
+/// The interpreter, as it names itself.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct About {
+    pub python: String,
+    pub implementation: String,
+    pub protocol: u32,
+    pub interface: Option<String>,
+    /// What the operator should know.
+    #[serde(default)]
+    pub warning: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Start<'a> {
+    app: &'a str,
+    chdir: Option<&'a str>,
+    pythonpath: &'a [String],
+    env: &'a BTreeMap<String, String>,
+    preload: bool,
+    threads: usize,
+    base: &'a BTreeMap<&'static str, String>,
+    interface: Option<&'a str>,
+    graceful_timeout: u64,
+}
+
+pub struct Zygote {
+    child: Child,
+    control: OwnedFd,
+}
+
+impl Zygote {
+    /// Starts the interpreter and tells it about the application. What comes of it arrives as [`News`].
+    ///
+    /// # Errors
+    /// Those of socketpair(2), memfd_create(2) and execve(2).
+    pub fn start(app: &PythonApp, base: &BTreeMap<&'static str, String>) -> io::Result<Zygote> {
+        let (control, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let child = Command::new(&app.interpreter)
+            .args(["-c", &[PRELUDE, SOURCE].concat()])
+            .stdin(Stdio::from(theirs))
+            // Ctrl-C is for uringd, which then ends its workers in order.
+            .process_group(0)
+            .spawn()?;
+        let zygote = Zygote { child, control };
+        let start = Start {
+            app: &app.app,
+            chdir: app.chdir.as_ref().and_then(|path| path.to_str()),
+            pythonpath: &app.pythonpath,
+            env: &app.env,
+            preload: app.preload,
+            threads: app.threads,
+            base,
+            interface: app.interface.as_deref(),
+            graceful_timeout: GRACE_SECONDS,
+        };
+        zygote.send(&serde_json::json!({ "start": start }), &[])?;
+        Ok(zygote)
+    }
+
+    /// Has a worker forked. Its channels can be used at once; the kernel keeps what is sent early.
+    ///
+    /// # Errors
+    /// The zygote is gone, or there are no descriptors left.
+    pub fn fork(&self, id: u64, threads: usize) -> io::Result<Vec<Channel>> {
+        let mut channels = Vec::new();
+        let mut theirs = Vec::new();
+        for _ in 0..threads {
+            let (data, worker_data) = UnixStream::pair()?;
+            let (descriptors, worker_descriptors) = UnixStream::pair()?;
+            let page = File::from(rustix::fs::memfd_create("uringd-page", MemfdFlags::CLOEXEC)?);
+            page.set_len(PAGE_BYTES)?;
+            theirs.extend([OwnedFd::from(worker_data), OwnedFd::from(worker_descriptors), OwnedFd::from(page.try_clone()?)]);
+            channels.push(Channel { data, descriptors, page });
+        }
+        let theirs: Vec<BorrowedFd<'_>> = theirs.iter().map(AsFd::as_fd).collect();
+        self.send(&serde_json::json!({ "fork": id }), &theirs)?;
+        Ok(channels)
+    }
+
+    /// The next record; `None`: the zygote is gone. Waits, so ask poll(2) first.
+    ///
+    /// # Errors
+    /// recvmsg(2)'s; or `InvalidData`, when it is no record of the protocol.
+    pub fn news(&self) -> io::Result<Option<News>> {
+        let mut bytes = vec![0; RECORD_BYTES_MAX];
+        let mut control = RecvAncillaryBuffer::default();
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let received = loop {
+            match rustix::net::recvmsg(&self.control, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
+                Err(rustix::io::Errno::INTR) => {}
+                result => break result?,
+            }
+        };
+        if received.bytes == 0 {
+            return Ok(None);
+        }
+        if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+            return Err(invalid("a record of the Python zygote is too long"));
+        }
+        serde_json::from_slice(&bytes[..received.bytes]).map(Some).map_err(|_| invalid("the Python zygote said something unknown"))
+    }
+
+    pub fn control(&self) -> BorrowedFd<'_> {
+        self.control.as_fd()
+    }
+
+    /// Ends the zygote, and with it what is left of its workers.
+    pub fn end(self) {
+        let Zygote { mut child, control } = self;
+        drop(control);
+        let until = Instant::now() + END_WAIT;
+        while matches!(child.try_wait(), Ok(None)) {
+            if Instant::now() >= until {
+                tracing::warn!("the Python zygote did not end by itself; killed");
+                let _ = child.kill();
+                let _ = child.wait();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn send(&self, record: &serde_json::Value, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let bytes = record.to_string();
+        if bytes.len() > RECORD_BYTES_MAX {
+            return Err(invalid("the settings for the Python application are longer than 64 KiB"));
+        }
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3 * THREADS_MAX))];
+        let mut control = SendAncillaryBuffer::new(&mut room);
+        if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(invalid("too many threads in a worker"));
+        }
+        rustix::net::sendmsg(&self.control, &[IoSlice::new(bytes.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+}
+
+impl About {
+    /// # Errors
+    /// A sentence, when the two sides do not understand each other.
+    pub fn check(&self) -> Result<(), String> {
+        if self.protocol == PROTOCOL {
+            Ok(())
+        } else {
+            Err(format!("the worker program speaks protocol {}, not {PROTOCOL}", self.protocol))
+        }
+    }
+}
+
+impl Channel {
+    /// Tells the worker that nobody waits for the answer to this request.
+    pub fn client_gone(&self, id: u32) {
+        // It is a hint: a worker that does not get it works in vain, no more.
+        let _ = self.page.write_all_at(&id.to_le_bytes(), PAGE_GONE);
+    }
+
+    /// Tells the worker to end after its present request.
+    pub fn end_soon(&self) {
+        let _ = self.page.write_all_at(&1_u32.to_le_bytes(), PAGE_END);
+    }
+
+    /// Passes a descriptor to the worker, ahead of the frame that is about it.
+    ///
+    /// # Errors
+    /// sendmsg(2)'s: the worker is gone.
+    pub fn send_descriptor(&self, file: &File) -> io::Result<()> {
+        let files = [file.as_fd()];
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut room);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&files)), "there is room for one");
+        rustix::net::sendmsg(&self.descriptors, &[IoSlice::new(b"f")], &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+
+    /// The descriptor that the worker sent ahead of its frame. `None`: it did not, or it is not a file whose bytes
+    /// can be read without waiting.
+    pub fn receive_file(&self) -> Option<File> {
+        let mut byte = [0];
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut room);
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let received = rustix::net::recvmsg(&self.descriptors, &mut [IoSliceMut::new(&mut byte)], &mut control, flags).ok()?;
+        if received.bytes != 1 || received.flags.contains(ReturnFlags::CTRUNC) {
+            return None;
+        }
+        let file = control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut files) => files.next().map(File::from),
+            _ => None,
+        })?;
+        file.metadata().is_ok_and(|metadata| metadata.is_file()).then_some(file)
+    }
+}
+
+fn invalid(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_fits_into_one_argument() {
+        // MAX_ARG_STRLEN is 32 pages.
+        assert!(PRELUDE.len() + SOURCE.len() < 32 * 4096);
+    }
+
+    fn news(text: &str) -> Option<News> {
+        serde_json::from_str(text).ok()
+    }
+
+    #[test]
+    fn the_zygotes_records_are_understood_and_nothing_else() {
+        let ready = r#"{"ready": {"python": "3.11.7", "implementation": "cpython", "protocol": 1, "interface": null}}"#;
+        assert!(matches!(news(ready), Some(News::Ready(about)) if about.check().is_ok() && about.interface.is_none()));
+        assert!(matches!(news(r#"{"failed": "why"}"#), Some(News::Failed(why)) if why == "why"));
+        assert!(matches!(news(r#"{"forked": 3, "pid": 77}"#), Some(News::Forked { forked: 3, pid: 77 })));
+        assert!(matches!(news(r#"{"exited": 77, "status": 9}"#), Some(News::Exited { exited: 77, status: 9 })));
+        for other in ["", "{}", "[]", r#"{"forked": "x", "pid": 1}"#, r#"{"ready": 1}"#, "null", "\u{0}"] {
+            assert!(news(other).is_none(), "{other}");
+        }
+    }
+
+    #[test]
+    fn only_a_regular_file_is_taken_from_a_worker() {
+        let (ours, theirs) = UnixStream::pair().expect("sockets");
+        let (data, _worker) = UnixStream::pair().expect("sockets");
+        let page = tempfile::tempfile().expect("a file");
+        let channel = Channel { data, descriptors: ours, page: page.try_clone().expect("a descriptor") };
+        assert!(channel.receive_file().is_none(), "nothing was sent");
+        let worker = Channel { data: theirs.try_clone().expect("a descriptor"), descriptors: theirs, page };
+        worker.send_descriptor(&File::open("/dev/null").expect("a device")).expect("sent");
+        assert!(channel.receive_file().is_none(), "a device could make the server wait");
+        worker.send_descriptor(&tempfile::tempfile().expect("a file")).expect("sent");
+        assert!(channel.receive_file().is_some());
+    }
+}
