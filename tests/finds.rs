@@ -7,8 +7,6 @@ use uringd::{http1::fuzzing, proxy_protocol};
 /// A fuzz function: takes any bytes, panics when a promise is broken.
 type Target = fn(&[u8]);
 
-type Target = fn(&[u8]);
-
 #[test]
 fn every_find_of_the_fuzzer_stays_mended() {
     let targets: [(&str, Target); 3] =

@@ -411,11 +411,20 @@ impl Engine {
 
     /// Ends the response when all of its body is in the output.
     fn finish_body(&mut self, key: usize, now: Micros) {
-        let Some(end) = self.slots[key].outgoing.as_ref().and_then(|outgoing| outgoing.end) else { return };
+        let Some(outgoing) = &self.slots[key].outgoing else { return };
+        // A length that was told is kept once its last byte is here, whatever the handler still does.
+        let whole = match (outgoing.framing, outgoing.end) {
+            (Framing::Length(left), _) if left == 0 => true,
+            (_, None) => return,
+            (Framing::Length(_), Some(_)) => false,
+            (_, Some(end)) => end,
+        };
+        if let Some(credit) = &outgoing.credit {
+            credit.discard();
+        }
         self.prepare_output(key, now);
         let slot = &mut self.slots[key];
         let framing = slot.outgoing.take().map_or(Framing::None, |outgoing| outgoing.framing);
-        let whole = end && !matches!(framing, Framing::Length(1..));
         if whole && framing == Framing::Chunked {
             slot.output.extend_from_slice(response::LAST_CHUNK);
         }
