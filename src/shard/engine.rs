@@ -60,6 +60,8 @@ const ACCEPT_PAUSE: Micros = 100_000;
 const BUFFERS_KEPT: usize = 256;
 const BUFFER_KEPT_BYTES: usize = 64 << 10;
 const BUFFER_BYTES: usize = 4 << 10;
+/// Room for what a busy turn brings, from the start.
+const TURN: usize = 1024;
 /// Used exchanges kept for the next requests.
 const EXCHANGES_KEPT: usize = 256;
 
@@ -156,7 +158,7 @@ impl Engine {
         let mut preamble = Preamble::new(config.server_name.as_deref());
         preamble.set_date(wall);
         let mut engine = Engine {
-            ops: Vec::new(),
+            ops: Vec::with_capacity(TURN),
             dispatch: Vec::new(),
             disk: Vec::new(),
             handler,
@@ -191,12 +193,13 @@ impl Engine {
             quota,
             spool_again: None,
             generation: 0,
-            dirty: Vec::new(),
+            dirty: Vec::with_capacity(TURN),
             deadlines: Deadlines::new(now),
             expired: Vec::new(),
             preamble,
             head: Head::default(),
-            buffers: Vec::new(),
+            // Made, but not touched: they take no memory before they are used.
+            buffers: (0..BUFFERS_KEPT).map(|_| Vec::with_capacity(BUFFER_BYTES)).collect(),
             exchanges: Vec::new(),
             planted: Planted::default(),
         };
