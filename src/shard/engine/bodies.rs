@@ -414,7 +414,7 @@ impl Engine {
         let Some(outgoing) = &self.slots[key].outgoing else { return };
         // A length that was told is kept once its last byte is here, whatever the handler still does.
         let whole = match (outgoing.framing, outgoing.end) {
-            (Framing::Length(left), _) if left == 0 => true,
+            (Framing::Length(0), _) => true,
             (_, None) => return,
             (Framing::Length(_), Some(_)) => false,
             (_, Some(end)) => end,
