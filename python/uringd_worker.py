@@ -74,10 +74,24 @@ PAYLOAD_BYTES_MAX = 1 << 30
 # point, of twice QUICK_BATCHES at most; another loses SLOW_COST for each QUICK_SECONDS. A worker
 # with QUICK_BATCHES points is quick. The clock is looked at twice for such a batch, and not at all
 # when requests come one by one.
-QUICK_BATCHES, QUICK_SECONDS, SLOW_COST, HELD_MAX = 256, 0.001, 16, 32
+QUICK_BATCHES, QUICK_SECONDS, SLOW_COST, HELD_MAX = 256, 0.002, 16, 32
 
 EXIT_GARBAGE, EXIT_LOAD = 70, 4  # sysexits' EX_SOFTWARE; gunicorn's APP_LOAD_ERROR
 MSG_CMSG_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0x40000000)  # PyPy does not name it
+
+
+EVERY_REQUEST = (
+    "REQUEST_METHOD",
+    "PATH_INFO",
+    "QUERY_STRING",
+    "SERVER_PROTOCOL",
+    "REQUEST_URI",
+    "RAW_URI",
+    "REMOTE_ADDR",
+    "uringd.request_id",
+    "uringd.queue_seconds",
+    "uringd.deadline",
+)
 
 
 # What an application touches.
@@ -311,6 +325,7 @@ class Exchange:
         "errors",
         "write",
         "rare",
+        "may_wait",
     )
 
     def __init__(self, channel):
@@ -322,6 +337,7 @@ class Exchange:
         self.remaining = None  # of the bytes that the application's Content-Length promised
         self.body_file = None
         self.rare = False
+        self.may_wait = False  # for the answers of its batch: see QUICK_BATCHES
         self.errors = Errors(self)
         self.write = self.put  # bound once: start_response returns it for every request
 
@@ -362,7 +378,12 @@ class Exchange:
         """Sends what the application returned, and closes it whatever happens."""
         try:
             try:
-                if not (self.send_file(result) or self.send_list(result)):
+                if type(result) is FileWrapper and self.send_file(result):
+                    pass
+                elif isinstance(result, (list, tuple)) and not self.begun:
+                    # It is there as a whole, so it leaves as a whole, and uringd counts it.
+                    self.whole(b"".join(result))
+                else:
                     for piece in result:
                         self.put(piece)
                     self.end()
@@ -372,24 +393,14 @@ class Exchange:
             close = getattr(result, "close", None)
             if close is not None:
                 try:
-                    self.channel.flush()
+                    if not self.may_wait:
+                        self.channel.flush()
                     close()
                 except BaseException as error:
                     self.fail(error)
 
-    def send_list(self, result):
-        """A list or tuple is there as a whole, so it leaves as a whole and gets its Content-Length
-        from uringd.
-        """
-        if not isinstance(result, (list, tuple)) or self.begun:
-            return False
-        if self.started is None:
-            raise AssertionError("the application returned without having called start_response")
-        self.whole(b"".join(result))
-        return True
-
     def send_file(self, result):
-        if type(result) is not FileWrapper or self.begun or self.started is None:
+        if self.begun or self.started is None:
             return False
         found = regular_file(result.filelike)
         if found is None:
@@ -427,7 +438,8 @@ class Exchange:
                 # asked again.
                 self.whole(piece)
                 self.remaining = 0
-                channel.flush()
+                if not self.may_wait:
+                    channel.flush()
                 return
             self.begin(promised)
         if self.remaining is not None:
@@ -458,8 +470,6 @@ class Exchange:
         """After the last piece: closes the answer that was begun, or gives one without a body."""
         if self.ended:
             return
-        if self.started is None:
-            raise AssertionError("the application returned without having called start_response")
         if not self.begun:
             self.whole(b"")
             return
@@ -474,6 +484,8 @@ class Exchange:
         self.channel.flush()
 
     def whole(self, body):
+        if self.started is None:
+            raise AssertionError("the application returned without having called start_response")
         if len(body) > PAYLOAD_BYTES_MAX:
             if self.content_length() is None:
                 self.started[1].append(("Content-Length", str(len(body))))
@@ -494,7 +506,7 @@ class Exchange:
 
     def content_length(self):
         for name, value in self.started[1]:
-            if name.lower() == "content-length" and value.isdigit():
+            if len(name) == 14 and name.lower() == "content-length" and value.isdigit():
                 return int(value)
         return None
 
@@ -622,7 +634,7 @@ class Channel:
 
     def serve(self, app):
         """The hot loop: one recv, one loads, one copy and update and one send; everything rare is
-        elsewhere.
+        elsewhere. docs/worker-protocol.md has the places of the tuple.
         """
         worker, page, out, lock = self.worker, self.page, self.out, self.lock
         receive, send, clock, join = self.data.recv, self.data.sendall, time.perf_counter, b"".join
@@ -650,7 +662,23 @@ class Channel:
                     data = self.receive_rest(data[at:], 12 + payload_bytes)
                     at, size, stop = 0, len(data), 12 + payload_bytes
                 split = at + 16 + environ_bytes
-                environ.update(loads(data[at + 16 : split]))
+                (
+                    environ["REQUEST_METHOD"],
+                    environ["PATH_INFO"],
+                    environ["QUERY_STRING"],
+                    environ["SERVER_PROTOCOL"],
+                    uri,
+                    environ["REMOTE_ADDR"],
+                    port,
+                    environ["uringd.request_id"],
+                    environ["uringd.queue_seconds"],
+                    environ["uringd.deadline"],
+                    more,
+                ) = loads(data[at + 16 : split])
+                environ["REQUEST_URI"] = environ["RAW_URI"] = uri
+                if port:
+                    environ["REMOTE_PORT"] = port
+                environ.update(more)
                 if split == stop and kind == kind_of_most:
                     environ["wsgi.input"] = BytesIO()
                 else:
@@ -680,6 +708,7 @@ class Channel:
                                 + body
                             )
                     else:
+                        exchange.may_wait = stop < size and quick >= QUICK_BATCHES
                         exchange.respond(result)
                         self.tidy(exchange)
                 except BaseException as error:
@@ -738,7 +767,7 @@ class Channel:
         if exchange.body_file is not None:
             exchange.body_file.close()
             exchange.body_file = None
-        exchange.begun = exchange.ended = exchange.rare = False
+        exchange.begun = exchange.ended = exchange.rare = exchange.may_wait = False
         exchange.remaining = None
 
     def receive_rest(self, data, needed):
@@ -919,6 +948,8 @@ class Worker:
             "wsgi.multiprocess": True,
         }
         environ.update(self.start.get("base") or {})
+        # The keys that every request has are there already, so that none of its copies has to grow.
+        environ.update(dict.fromkeys(EVERY_REQUEST, ""))
         environ.update(
             {
                 "wsgi.version": (1, 0),

@@ -21,6 +21,8 @@ mod buffers;
 pub mod capabilities;
 #[allow(unsafe_code)]
 pub mod epoll;
+#[allow(unsafe_code)]
+pub mod policy;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod tests;

@@ -49,7 +49,7 @@ use super::{
 };
 use crate::{
     config::Permit,
-    driver::Token,
+    driver::{Token, policy},
     exchange::{Micros, Progress},
     handler::{Body, Response},
     pool::{Answer, Clock, Errand, Pools},
@@ -59,9 +59,9 @@ use crate::{
 
 /// Most requests in one batch.
 const DEPTH_MAX: usize = 32;
-/// Requests that take less than this on average may stand behind each other.
-const QUICK: Micros = 1_000;
-/// One that takes longer than this ends that.
+/// Requests stand behind each other for about this long: enough to make the crossing cheap, too short for anybody to mind.
+const BATCH: Micros = 1_000;
+/// One that takes longer than this ends that for a while.
 const SLOW: Micros = 5_000;
 /// A batch takes no more requests once its frames are this long, in bytes.
 const BATCH_BYTES: usize = 64 << 10;
@@ -187,6 +187,8 @@ pub struct Courier {
     out: Vec<u8>,
     answers: Vec<(usize, Answer)>,
     depth: usize,
+    /// Whether the worker's answers wake this thread while the worker goes on, or once it pauses.
+    patient: bool,
     /// How long the slowest request of the batch took.
     slowest: Micros,
     last_id: u32,
@@ -251,6 +253,7 @@ impl Courier {
             out: Vec::new(),
             answers: Vec::new(),
             depth: 1,
+            patient: false,
             slowest: 0,
             last_id: 0,
             request_id,
@@ -301,6 +304,8 @@ impl Courier {
             if let Some(errand) = self.held.take().or_else(|| pools.errand_now(self.core)) {
                 return Some(errand);
             }
+            self.set_patient(false);
+            let pools = &self.shared.pools;
             if let Some(order) = pools.errand_or(self.core, &self.orders) {
                 self.obey(order, reader)?;
             }
@@ -389,6 +394,9 @@ impl Courier {
 
     /// Sends the batch and takes its answers.
     fn converse(&mut self, reader: &mut Reader) -> Result<(), Break> {
+        if self.flights.len() > 1 {
+            self.set_patient(true);
+        }
         self.send_files()?;
         self.send(reader)?;
         while !self.flights.is_empty() {
@@ -396,6 +404,17 @@ impl Courier {
             self.take_events(reader)?;
         }
         Ok(())
+    }
+
+    /// A patient courier does not interrupt its worker for each answer of a batch when both share a CPU, but takes all that
+    /// came once the worker pauses or its time slice is over (`driver/policy.rs`). One that hands over a request is not
+    /// patient: whoever has the CPU is not the one that will serve it.
+    fn set_patient(&mut self, patient: bool) {
+        if self.patient != patient {
+            self.patient = patient;
+            // Where it is forbidden, everything is only slower.
+            let _ = policy::interrupt_others(!patient);
+        }
     }
 
     /// Bodies in files go first, so that the worker finds each when it meets its frame.
@@ -536,20 +555,20 @@ impl Courier {
                     self.land();
                     return Ok(Then::NextEvent);
                 }
-                let (mut response, _) = frames::response(status, head)?;
+                let (mut response, _) = frames::response(status, head, body.is_empty())?;
                 response.body = if body.is_empty() { Body::Empty } else { Body::Owned(body.to_vec()) };
                 response
             }
             Event::File { status, head, offset, length } => {
                 let link = self.link.as_ref().expect("an answer has a worker");
                 let file = link.channel.receive_file().ok_or(Violation("a file answer without a regular file"))?;
-                let (mut response, _) = frames::response(status, head)?;
+                let (mut response, _) = frames::response(status, head, false)?;
                 response.body = Body::File { file: Arc::new(file), offset, length };
                 response
             }
             Event::Begin { status, head, length } => {
                 let Some(mut errand) = first.errand.take() else { return Ok(Then::Pieces(None)) };
-                let (mut response, told) = match frames::response(status, head) {
+                let (mut response, told) = match frames::response(status, head, false) {
                     Ok(parsed) => parsed,
                     Err(violation) => {
                         first.errand = Some(errand);
@@ -681,14 +700,11 @@ impl Courier {
         }
     }
 
-    /// How long a batch took says how long the next may be.
+    /// How long a batch took says how long the next may be: for about [`BATCH`], twice the last one's at most.
     fn learn(&mut self, begun: Micros, requests: u64) {
-        let each = self.now.saturating_sub(begun) / requests;
-        if self.slowest > SLOW {
-            self.depth = 1;
-        } else if each < QUICK {
-            self.depth = (self.depth * 2).min(DEPTH_MAX);
-        }
+        let each = (self.now.saturating_sub(begun) / requests).max(1);
+        let fitting = usize::try_from(BATCH / each).unwrap_or(DEPTH_MAX);
+        self.depth = if self.slowest > SLOW { 1 } else { fitting.min(2 * self.depth).clamp(1, DEPTH_MAX) };
         let Some(link) = &self.link else { return };
         let served = link.worker.served.fetch_add(requests, Ordering::Relaxed) + requests;
         if link.worker.served_max > 0 && served >= link.worker.served_max && !link.worker.used.swap(true, Ordering::Relaxed) {

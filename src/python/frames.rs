@@ -1,7 +1,7 @@
 //! What crosses between uringd and its Python workers, as bytes (docs/worker-protocol.md). No input or output here.
 //!
 //! ```text
-//!   Request --request()--> [header | length | environ, one marshal dict | body ]    to a worker
+//!   Request --request()--> [header | length | environ, one marshal tuple | body ]    to a worker
 //!   Reader  <--bytes------ [header | length | head | body ] [header | ...] ...      from it
 //!      +--next_event()--> Event, Event, ...
 //! ```
@@ -30,6 +30,9 @@ const BUFFER_BYTES: usize = 256 << 10;
 const HEAD_BYTES_MAX: usize = 64 << 10;
 /// Longest text of READY and FAILED, in bytes.
 const TEXT_BYTES_MAX: usize = 128 << 10;
+
+/// Method, path, query, protocol, target, address, port, request id, seconds in the queue, deadline, dict of the rest.
+const ENVIRON_PLACES: u8 = 11;
 
 /// The request's body is a file, and its descriptor comes over the other socket.
 const FLAG_FILE: u8 = 1;
@@ -105,22 +108,21 @@ macro_rules! key {
     }};
 }
 
-/// PEP 3333's keys of this request and uringd's own. Those that never change are in the zygote's `base`.
+/// The environ of a request, without what is the same for all of them, which is in the zygote's `base`: one tuple whose
+/// first places have a fixed meaning (docs/worker-protocol.md), and last a dict of what not every request has. A key that
+/// crosses costs the worker three times its value: a string is made, hashed and looked up in the table of all names.
 fn environ(out: &mut Vec<u8>, request: &Request<'_>, facts: Facts<'_>) -> u64 {
-    out.push(b'{');
-    out.extend_from_slice(key!("REQUEST_METHOD"));
+    out.extend_from_slice(&[b')', ENVIRON_PLACES]);
     text(out, request.method().as_bytes());
-    out.extend_from_slice(key!("PATH_INFO"));
     percent_decoded(out, request.path().as_bytes());
-    out.extend_from_slice(key!("QUERY_STRING"));
     text(out, request.query().as_bytes());
-    out.extend_from_slice(key!("SERVER_PROTOCOL"));
     text(out, request.version().as_bytes());
-    out.extend_from_slice(key!("REQUEST_URI"));
-    text(out, request.target().as_bytes());
-    out.extend_from_slice(key!("RAW_URI"));
     text(out, request.target().as_bytes());
     peer(out, request.peer);
+    text(out, facts.request_id.as_bytes());
+    float(out, facts.queue_seconds);
+    float(out, facts.deadline);
+    out.push(b'{');
     if request.head.framing != Framing::None {
         // The body is complete and decoded, so its length is known however it came.
         out.extend_from_slice(key!("CONTENT_LENGTH"));
@@ -132,42 +134,34 @@ fn environ(out: &mut Vec<u8>, request: &Request<'_>, facts: Facts<'_>) -> u64 {
         text(out, request.scheme().as_bytes());
     }
     let left_out = fields(out, request, facts.permit);
-    out.extend_from_slice(key!("uringd.request_id"));
-    text(out, facts.request_id.as_bytes());
-    out.extend_from_slice(key!("uringd.queue_seconds"));
-    float(out, facts.queue_seconds);
-    out.extend_from_slice(key!("uringd.deadline"));
-    float(out, facts.deadline);
     out.push(b'0');
     left_out
 }
 
+/// Address and port of the client. PEP 3333 lets the address be empty, and gunicorn's is behind a unix socket: whoever may
+/// open its path.
 fn peer(out: &mut Vec<u8>, peer: Peer) {
-    out.extend_from_slice(key!("REMOTE_ADDR"));
-    match peer {
-        Peer::Inet(address) => {
-            // An IPv4 client of an IPv6 listener is shown as what it is.
-            match address.ip().to_canonical() {
-                // By hand, since `Display` takes longer than the rest of the environ.
-                IpAddr::V4(ip) => {
-                    let start = out.len();
-                    string_header(out, 0);
-                    for (index, octet) in ip.octets().iter().enumerate() {
-                        if index > 0 {
-                            out.push(b'.');
-                        }
-                        out.extend_from_slice(itoa::Buffer::new().format(*octet).as_bytes());
-                    }
-                    out[start + 1] = (out.len() - start - 2) as u8;
+    let Peer::Inet(address) = peer else {
+        text(out, b"");
+        return text(out, b"");
+    };
+    // An IPv4 client of an IPv6 listener is shown as what it is.
+    match address.ip().to_canonical() {
+        // By hand, since `Display` takes longer than the rest of the environ.
+        IpAddr::V4(ip) => {
+            let start = out.len();
+            string_header(out, 0);
+            for (index, octet) in ip.octets().iter().enumerate() {
+                if index > 0 {
+                    out.push(b'.');
                 }
-                IpAddr::V6(ip) => text(out, ip.to_string().as_bytes()),
+                out.extend_from_slice(itoa::Buffer::new().format(*octet).as_bytes());
             }
-            out.extend_from_slice(key!("REMOTE_PORT"));
-            text(out, itoa::Buffer::new().format(address.port()).as_bytes());
+            out[start + 1] = (out.len() - start - 2) as u8;
         }
-        // PEP 3333 lets it be empty, and gunicorn's is: whoever may open the socket's path.
-        Peer::Unix => text(out, b""),
+        IpAddr::V6(ip) => text(out, ip.to_string().as_bytes()),
     }
+    text(out, itoa::Buffer::new().format(address.port()).as_bytes());
 }
 
 /// The header fields as CGI names them (RFC 3875 section 4.1.18). Several of one name are joined as RFC 9110 section 5.3
@@ -583,13 +577,14 @@ fn split_head(payload: &[u8]) -> Result<(&[u8], &[u8]), Violation> {
     rest.split_at_checked(length).ok_or(Violation("a head longer than its frame"))
 }
 
-/// The response that a head tells, without its body; and the length that the application told.
+/// The response that a head tells, without its body; and the length that the application told, which only stays among the
+/// fields of an answer that is `bodiless`, as one to HEAD may be.
 ///
 /// Names and values are looked at again when the answer is written; here only what would be misread.
 ///
 /// # Errors
 /// [`Violation`]: it is not of the form of a head.
-pub fn response(status: u16, head: &[u8]) -> Result<(Response, Option<u64>), Violation> {
+pub fn response(status: u16, head: &[u8], bodiless: bool) -> Result<(Response, Option<u64>), Violation> {
     let mut response = Response::new(status);
     let mut told = None;
     let mut lines = Lines(head);
@@ -607,7 +602,13 @@ pub fn response(status: u16, head: &[u8]) -> Result<(Response, Option<u64>), Vio
                 response.content_type = Some(content_type(value));
                 continue;
             }
-            14 if name.eq_ignore_ascii_case(b"Content-Length") => told = length(value),
+            14 if name.eq_ignore_ascii_case(b"Content-Length") => {
+                told = length(value);
+                // Whoever writes the answer counts for itself, but nobody can count a body that is not there.
+                if !bodiless {
+                    continue;
+                }
+            }
             _ => {}
         }
         let name = str::from_utf8(name).map_err(|_| Violation("a field name that is not ASCII"))?;

@@ -16,7 +16,7 @@ use std::{
 };
 
 use crate::{
-    driver::{Driver, waker::Waker},
+    driver::{Driver, policy, waker::Waker},
     exchange::Micros,
     pool::{Answer, Clock, Desk},
     server::listeners::Listeners,
@@ -90,6 +90,7 @@ pub fn run(
     let mut drain_until = None;
     let mut stop_until = None;
     let mut refusing = false;
+    let mut patient = false;
     let mut lost = 0;
     loop {
         stats.turns.add(1);
@@ -149,6 +150,12 @@ pub fn run(
             Some(due) => Some(Duration::from_micros(due.saturating_sub(now))),
             None => None,
         };
+        // What arrives now can only wait, so whoever computes the next answers is not interrupted for each piece of it.
+        if desk.is_saturated() != patient {
+            patient = !patient;
+            // Where it is forbidden, everything is only slower.
+            let _ = policy::interrupt_others(!patient);
+        }
         let mut woken_at = None;
         driver.wait(timeout, &mut |completion| {
             let now = *woken_at.get_or_insert_with(|| clock.now());

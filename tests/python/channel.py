@@ -38,17 +38,34 @@ def marshal_string(text):
     return b"a" + struct.pack("<I", len(data)) + data
 
 
+def marshal_value(value):
+    return b"g" + struct.pack("<d", value) if type(value) is float else marshal_string(value)
+
+
 def marshal_dict(values):
-    out = [b"{"]
-    for key, value in values.items():
-        out.append(marshal_string(key))
-        if isinstance(value, float):
-            out.append(b"g" + struct.pack("<d", value))
-        elif isinstance(value, int):
-            out.append(b"i" + struct.pack("<i", value))
-        else:
-            out.append(marshal_string(value))
-    return b"".join(out) + b"0"
+    pairs = [marshal_string(key) + marshal_value(value) for key, value in values.items()]
+    return b"{" + b"".join(pairs) + b"0"
+
+
+PLACES = (
+    "REQUEST_METHOD",
+    "PATH_INFO",
+    "QUERY_STRING",
+    "SERVER_PROTOCOL",
+    "REQUEST_URI",
+    "REMOTE_ADDR",
+    "REMOTE_PORT",
+    "uringd.request_id",
+    "uringd.queue_seconds",
+    "uringd.deadline",
+)
+
+
+def marshal_environ(environ):
+    """The tuple of docs/worker-protocol.md: values whose place says their key, then a dict."""
+    fixed = b"".join(marshal_value(environ[key]) for key in PLACES)
+    rest = {key: value for key, value in environ.items() if key not in PLACES}
+    return b")" + bytes([len(PLACES) + 1]) + fixed + marshal_dict(rest)
 
 
 def request_environ(path="/", method="GET", query="", id="r-1", **more):
@@ -57,8 +74,7 @@ def request_environ(path="/", method="GET", query="", id="r-1", **more):
         "PATH_INFO": path,
         "QUERY_STRING": query,
         "SERVER_PROTOCOL": "HTTP/1.1",
-        "RAW_URI": path + ("?" + query if query else ""),
-        "REQUEST_URI": path,
+        "REQUEST_URI": path + ("?" + query if query else ""),
         "REMOTE_ADDR": "127.0.0.1",
         "REMOTE_PORT": "40000",
         "HTTP_HOST": "localhost:8000",
@@ -71,7 +87,7 @@ def request_environ(path="/", method="GET", query="", id="r-1", **more):
 
 
 def request_frame(id, environ, body=b"", file_bytes=None):
-    environ = marshal_dict(environ)
+    environ = marshal_environ(environ)
     payload = struct.pack("<I", len(environ)) + environ
     payload += body if file_bytes is None else struct.pack("<Q", file_bytes)
     return struct.pack("<IIBBH", len(payload), id, REQUEST, file_bytes is not None, 0) + payload
