@@ -30,6 +30,7 @@ use crate::{
     driver::{Token, waker::Waker},
     exchange::{Exchange, Micros},
     handler::{Body, Handler},
+    http1::response::Field,
     shard::engine,
     stats::Stats,
     stream::StreamWriter,
@@ -77,6 +78,8 @@ pub(crate) struct Errand {
 pub enum Answer {
     /// A handler is done with a request, or found it withdrawn.
     Response(Box<Exchange>),
+    /// A handler has fields for a 103 before its answer.
+    Hints { token: Token, serial: u64, fields: Vec<Field> },
     /// A handler has made more of a body.
     Piece { token: Token, serial: u64, bytes: Vec<u8> },
     /// A handler has made all of a body; or failed, when it is not whole.

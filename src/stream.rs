@@ -56,6 +56,11 @@ impl Credit {
         self.changed.notify_one();
     }
 
+    /// True when nobody wants the rest.
+    pub fn is_closed(&self) -> bool {
+        self.state().closed
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }

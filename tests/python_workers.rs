@@ -656,6 +656,43 @@ fn an_application_can_see_that_its_client_is_gone() {
 // ---------------------------------------------------------------------------------- how workers run
 
 #[test]
+fn a_stream_that_says_nothing_learns_that_its_client_is_gone() {
+    let python = python_or_skip!();
+    let server = Server::behave(&python, &["--threads", "2"]);
+    let mut stream = server.connect();
+    stream.write_all(b"GET /silent_stream HTTP/1.1\r\nHost: h\r\n\r\n").expect("sent");
+    read_until(&mut stream, b"one\n");
+    drop(stream);
+    assert_eq!(server.get("/left").text(), "True");
+}
+
+#[test]
+fn early_hints_reach_an_http11_client_while_the_application_works_and_no_other() {
+    let python = python_or_skip!();
+    let server = Server::behave(&python, &["--threads", "2"]);
+    let mut hinted = server.connect();
+    hinted.write_all(b"GET /hints HTTP/1.1\r\nHost: h\r\n\r\n").expect("sent");
+    // Fields about the connection are not the application's to hint at.
+    read_until(&mut hinted, b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n");
+    assert_eq!(server.get("/release").text(), "released\n");
+    assert_eq!(first_answer(&mut hinted).text(), "hinted\n");
+    let mut old = server.connect();
+    old.write_all(b"GET /hints HTTP/1.0\r\n\r\n").expect("sent");
+    assert_eq!(first_answer(&mut old).text(), "hinted\n");
+}
+
+/// Reads one byte at a time until what was read ends with this, or panics with what was read instead.
+fn read_until(stream: &mut TcpStream, end: &[u8]) {
+    let mut read = Vec::new();
+    while !read.ends_with(end) {
+        let mut byte = [0];
+        let count = stream.read(&mut byte).expect("in time");
+        assert!(count == 1 && read.len() < 4096, "{}", String::from_utf8_lossy(&read));
+        read.push(byte[0]);
+    }
+}
+
+#[test]
 fn four_threads_serve_four_requests_at_a_time() {
     let python = python_or_skip!();
     let server = Server::behave(&python, &["--threads", "4"]);

@@ -147,6 +147,20 @@ fn framing(response: Made<'_>, context: Context) -> Framing {
     }
 }
 
+/// Appends a 103 answer, which goes before the answer itself (RFC 8297). Never for HTTP/1.0 (RFC 9110 section 15.2).
+///
+/// # Errors
+/// [`Fault`]; then nothing was appended.
+pub fn write_hints(out: &mut Vec<u8>, fields: &[Field]) -> Result<(), Fault> {
+    check_fields(fields)?;
+    out.extend_from_slice(b"HTTP/1.1 103 Early Hints\r\n");
+    for (name, value) in fields.iter().filter(|field| !is_ours(&field.0)) {
+        field(out, name, value);
+    }
+    out.extend_from_slice(b"\r\n");
+    Ok(())
+}
+
 /// Appends a piece of a body in chunks (RFC 9112 section 7.1). An empty one would be the end, so it is left out.
 pub fn write_chunk(out: &mut Vec<u8>, piece: &[u8]) {
     if !piece.is_empty() {
@@ -231,7 +245,11 @@ fn check(response: Made<'_>) -> Result<(), Fault> {
     if !texts.map(|text| text.as_bytes()).all(is_field_value) {
         return Err(Fault::FieldValue);
     }
-    for (name, value) in response.headers {
+    check_fields(response.headers)
+}
+
+fn check_fields(fields: &[Field]) -> Result<(), Fault> {
+    for (name, value) in fields {
         if name.is_empty() || !name.bytes().all(is_token) {
             return Err(Fault::FieldName);
         }

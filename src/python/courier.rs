@@ -199,8 +199,10 @@ pub struct Courier {
 /// A request that a worker has.
 struct Flight {
     id: u32,
-    /// `None`: whatever the worker answers to it, nobody wants it.
+    /// `None`: whatever the worker answers to it, nobody wants it; or it is at home, and its body follows.
     errand: Option<Errand>,
+    /// The body that follows, and whether somebody still wants it.
+    credit: Option<Arc<Credit>>,
     /// When it became the first.
     since: Micros,
     /// When that was before it asked for more time.
@@ -389,7 +391,7 @@ impl Courier {
             Progress::RunningSince(since) => since,
             _ => self.now,
         };
-        self.flights.push_back(Flight { id: self.last_id, errand: Some(errand), since, begun: since, gone: false });
+        self.flights.push_back(Flight { id: self.last_id, errand: Some(errand), credit: None, since, begun: since, gone: false });
     }
 
     /// Sends the batch and takes its answers.
@@ -494,7 +496,9 @@ impl Courier {
         if self.now >= first.since + self.shared.run {
             return Err(Break::Overdue);
         }
-        if !first.gone && first.errand.as_ref().is_some_and(|errand| errand.exchange.ticket.client_disconnected()) {
+        let asker_left = first.errand.as_ref().is_some_and(|errand| errand.exchange.ticket.client_disconnected());
+        let reader_left = first.credit.as_ref().is_some_and(|credit| credit.is_closed());
+        if !first.gone && (asker_left || reader_left) {
             first.gone = true;
             link.channel.client_gone(first.id);
         }
@@ -582,6 +586,7 @@ impl Courier {
                 let (token, serial) = (exchange.token, exchange.serial);
                 let home = errand.home;
                 self.answers.push((home, Answer::Response(errand.exchange)));
+                first.credit = Some(credit.clone());
                 return Ok(Then::Pieces(Some(Pieces { home, token, serial, credit })));
             }
             Event::Extend(milliseconds) => {
@@ -593,8 +598,14 @@ impl Courier {
                 }
                 return Ok(Then::NextEvent);
             }
-            // An answer before the answer has no way through the ring thread yet.
-            Event::Hints(_) => return Ok(Then::NextEvent),
+            Event::Hints(head) => {
+                let (hints, _) = frames::response(103, head, true)?;
+                if let Some(errand) = &first.errand {
+                    let (token, serial) = (errand.exchange.token, errand.exchange.serial);
+                    self.answers.push((errand.home, Answer::Hints { token, serial, fields: hints.headers }));
+                }
+                return Ok(Then::NextEvent);
+            }
             Event::Piece(_) | Event::End { .. } => return Err(Violation("a piece of an answer that was not begun")),
             Event::Ready(_) | Event::Failed(_) => return Ok(Then::NextEvent),
         };

@@ -56,6 +56,8 @@ const HALF_CLOSED_WAIT: Micros = 100_000;
 const DRAINING_FIRST_WAIT: Micros = 1_000_000;
 /// Accepting pauses this long after it failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Micros = 100_000;
+/// No more early hints are written for a client that has so many bytes of answers still to read.
+const HINTS_BYTES_MAX: usize = 64 << 10;
 /// Freed output buffers kept for the next answers, and the largest that is kept.
 const BUFFERS_KEPT: usize = 256;
 const BUFFER_KEPT_BYTES: usize = 64 << 10;
@@ -233,6 +235,21 @@ impl Engine {
             _ => {}
         }
         self.recycle(exchange);
+    }
+
+    /// A handler has fields for a 103 before its answer. They are a hint: dropped when the client is slow to read.
+    pub fn hinted(&mut self, token: Token, serial: u64, fields: &[response::Field], now: Micros) {
+        let waits = |slot: &Slot| slot.ticket.is_some() && slot.serial == serial && slot.context.version == Version::Http11;
+        let Some(key) = self.live(token).filter(|&key| waits(&self.slots[key])) else { return };
+        if self.slots[key].response_bytes() > HINTS_BYTES_MAX {
+            return;
+        }
+        self.prepare_output(key, now);
+        if let Err(fault) = response::write_hints(&mut self.slots[key].output, fields) {
+            self.stats.faults.add(1);
+            tracing::error!("{}; its early hints were not sent", fault.explain());
+        }
+        self.schedule(key, now);
     }
 
     /// The pool would not take a request: its queue is full.

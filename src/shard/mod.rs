@@ -103,6 +103,7 @@ pub fn run(
         while let Some(answer) = desk.answer() {
             match answer {
                 Answer::Response(exchange) => engine.answered(exchange, now),
+                Answer::Hints { token, serial, fields } => engine.hinted(token, serial, &fields, now),
                 Answer::Piece { token, serial, bytes } => engine.piece(token, serial, bytes, now),
                 Answer::Ended { token, serial, whole } => engine.ended(token, serial, whole, now),
                 Answer::Disk(done) => engine.disk_done(done, now),

@@ -394,6 +394,10 @@ impl World {
                 self.told.tell(now, format_args!("answered {:?} #{}", exchange.token, exchange.serial));
                 self.engine.answered(exchange, now);
             }
+            Answer::Hints { token, serial, fields } => {
+                self.told.tell(now, format_args!("hints for {token:?} #{serial}"));
+                self.engine.hinted(token, serial, &fields, now);
+            }
             Answer::Piece { token, serial, bytes } => {
                 self.told.tell(now, format_args!("a piece of {} for {token:?} #{serial}", bytes.len()));
                 self.engine.piece(token, serial, bytes, now);

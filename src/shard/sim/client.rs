@@ -699,6 +699,10 @@ impl Client {
             self.continued = true;
             return Ok(());
         }
+        if head == "HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n" {
+            // Those of a request that was answered for meanwhile must not go before another's answer.
+            return if expected.started_at.is_some() { Ok(()) } else { wrong("hints before the request runs") };
+        }
         let status = head.get(9..12).and_then(|status| status.parse::<u16>().ok()).unwrap_or(0);
         let closes = head.contains("\r\nConnection: close\r\n");
         let passed = |since: Option<Micros>, limit: Micros| since.is_some_and(|since| since + limit <= now);

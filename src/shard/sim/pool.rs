@@ -135,7 +135,10 @@ impl SimPool {
         let run = &mut self.running[index];
         let (token, serial) = (run.token, run.serial);
         run.at = scene.now + working_time(scene);
-        if let Some(exchange) = run.exchange.take() {
+        if run.exchange.is_some() && scene.random.chance(10) {
+            let fields = vec![("Link".into(), (&b"</a.css>; rel=preload"[..]).into())];
+            self.answers.push_back(Answer::Hints { token, serial, fields });
+        } else if let Some(exchange) = run.exchange.take() {
             fate(&exchange, clients).finished = true;
             self.answers.push_back(Answer::Response(exchange));
         } else if let Some((pieces, whole)) = &mut run.pieces {

@@ -45,6 +45,40 @@ def act_stream(environ, start_response):
     return (b"%06d\n" % number for number in range(int(environ["QUERY_STRING"] or 1000)))
 
 
+RELEASED = threading.Event()
+
+
+def act_hints(environ, start_response):
+    environ["wsgi.early_hints"]([("Link", "</a.css>; rel=preload"), ("Connection", "close")])
+    RELEASED.wait(20)
+    return plain(start_response, "hinted\n")
+
+
+def act_release(environ, start_response):
+    RELEASED.set()
+    return plain(start_response, "released\n")
+
+
+LEFT = threading.Event()
+
+
+def act_silent_stream(environ, start_response):
+    def pieces():
+        yield b"one\n"
+        until = time.monotonic() + 20
+        while time.monotonic() < until and not environ["uringd.client_disconnected"]():
+            time.sleep(0.01)
+        if environ["uringd.client_disconnected"]():
+            LEFT.set()
+
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return pieces()
+
+
+def act_left(environ, start_response):
+    return plain(start_response, str(LEFT.wait(20)))
+
+
 def act_bulk(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain")])
     return (b"%06d\n" % number * 1000 for number in range(int(environ["QUERY_STRING"])))
