@@ -438,11 +438,12 @@ impl Desk {
         }
     }
 
-    /// True when requests wait and nobody is free for them: more of them would be of no use before somebody is done.
+    /// True when requests wait and nobody of this core is free for them: more of them would be of no use before somebody is done.
     ///
     /// Only worker processes are looked at, whose answers come in batches.
     pub fn is_saturated(&self) -> bool {
-        self.pools.handlers_per_core == 0 && !self.pools.cores[self.core].jobs_taken.is_empty() && !self.pools.is_anyone_idle()
+        let own = &self.pools.cores[self.core];
+        self.pools.handlers_per_core == 0 && !own.jobs_taken.is_empty() && own.idle.load(Ordering::Relaxed) == 0
     }
 
     /// Gives the disk something to do; its outcome comes as an answer.
