@@ -123,9 +123,6 @@ pub(super) fn parse(input: &[u8], head: &mut Head, limits: &Limits, permit: Perm
 /// Fields that a head may have without an allocation. 128 of them take 4 KiB.
 const FIELDS_ON_STACK: usize = 128;
 
-/// In a head with more fields than this, all are looked at twice.
-const MARKS: usize = u64::BITS as usize;
-
 #[inline(never)]
 fn parse_into<'a>(
     room: &mut [MaybeUninit<httparse::Header<'a>>],
@@ -192,27 +189,15 @@ fn read_fields(
     fields: &mut Vec<Field>,
     limits: &Limits,
 ) -> Result<Meaning, Refusal> {
-    let base = head.as_ptr() as usize;
     let end = head.len() - 2;
-    let first = headers.first().map_or(end, |first| first.name.as_ptr() as usize - base);
-    let mut all_crlf = head[first - 2] == b'\r' && head[end - 2] == b'\r' && head[end] == b'\r';
+    let first = headers.first().map_or(end, |first| first.name.as_ptr() as usize - head.as_ptr() as usize);
     // Not cleared and pushed to: a warm list often has its length already.
     if fields.len() != headers.len() {
         fields.resize(headers.len(), Field::default());
     }
-    let (mut marks, other) = note_places(head, headers, fields);
-    all_crlf &= other == 0;
     let mut meaning = Meaning::default();
-    if headers.len() <= MARKS {
-        while marks != 0 {
-            let highest = marks.ilog2();
-            marks ^= 1 << highest;
-            meaning.note(&headers[headers.len() - 1 - highest as usize], base)?;
-        }
-    } else {
-        headers.iter().try_for_each(|header| meaning.note(header, base))?;
-    }
-    if !all_crlf {
+    note_fields(head, headers, fields, &mut meaning)?;
+    if head[first - 2] != b'\r' || head[end - 2] != b'\r' || head[end] != b'\r' {
         return Err(Refusal::BareLf);
     }
     if first - 2 - request_line_start > limits.request_line_bytes_max {
@@ -225,23 +210,27 @@ fn read_fields(
     Ok(meaning)
 }
 
-/// Writes down where the fields are. Returns a bit for each of the last [`MARKS`] of them, set when its name needs a second
-/// look, the last field's being the lowest; and 0 when each begins after CR and another byte.
+/// Writes down where the fields are, and what those with a known name say.
 // Not inlined, so that it has all registers for itself.
 #[inline(never)]
-fn note_places(head: &[u8], headers: &[httparse::Header<'_>], fields: &mut [Field]) -> (u64, u8) {
-    let base = head.as_ptr() as usize;
-    let mut marks: u64 = 0;
-    let mut other = 0;
+fn note_fields(head: &[u8], headers: &[httparse::Header<'_>], fields: &mut [Field], meaning: &mut Meaning) -> Result<(), Refusal> {
+    // Each line has two bytes before it, the end of another.
+    let lines = &head[2..];
     for (field, header) in fields.iter_mut().zip(headers) {
-        let start = header.name.as_ptr() as usize - base;
+        let before = header.name.as_ptr() as usize - lines.as_ptr() as usize;
+        let start = before + 2;
         let name = Span::new(start, start + header.name.len());
-        let value = Span::within(base, header.value);
+        let value = Span::within(head.as_ptr() as usize, header.value);
         *field = Field { name, value };
-        other |= head[start - 2] ^ b'\r';
-        marks = marks << 1 | u64::from(may_be_known(header.name.len(), head[start]));
+        let first = lines[before];
+        if head[before] != b'\r' {
+            return Err(Refusal::BareLf);
+        }
+        if may_be_known(header.name.len(), first) {
+            meaning.note(header, value)?;
+        }
     }
-    (marks, other)
+    Ok(())
 }
 
 /// Length of the longest field, without its CRLF; the last of them ends at `end`.
@@ -379,9 +368,9 @@ fn half_word(bytes: &[u8], at: usize) -> u32 {
 
 impl Meaning {
     /// Names with an underscore never get here by another name: only `-` is `-` (RFC 9110 section 5.1).
-    fn note(&mut self, header: &httparse::Header<'_>, base: usize) -> Result<(), Refusal> {
+    #[inline(never)]
+    fn note(&mut self, header: &httparse::Header<'_>, at: Span) -> Result<(), Refusal> {
         let (name, value) = (header.name.as_bytes(), header.value);
-        let at = Span::within(base, value);
         match name.len() {
             4 if is(name, b"host") => return once(&mut self.host, at, Refusal::HostRepeated),
             5 if is(name, b"range") => return self.note_single(Single::Range),

@@ -136,11 +136,14 @@ fn is_plain_piece(piece: [u8; 8]) -> bool {
     if bytes & HIGH != 0 {
         return false;
     }
-    let dots = within(bytes, b'.', b'.') & HIGH;
-    let others = within(bytes | ONES << 5, b'a', b'z') | within(bytes, b'0', b'9') | within(bytes, b'-', b'-');
-    (dots | others) & HIGH == HIGH && dots & dots << 8 == 0
+    let marks = within(bytes, b'-', b'.') & HIGH;
+    // Of a hyphen and a dot, the dot has bit 1.
+    let dots = marks & bytes << 6;
+    let others = within(bytes | ONES << 5, b'a', b'z') | within(bytes, b'0', b'9');
+    (marks | others) & HIGH == HIGH && dots & dots << 8 == 0
 }
 
+#[inline(never)]
 fn is_any_host(bytes: &[u8]) -> bool {
     match bytes {
         [b'[', rest @ ..] => match memchr::memchr(b']', rest) {
