@@ -33,16 +33,11 @@ impl Target {
     /// since handlers see it the same way.
     #[inline(always)]
     pub(super) fn parse(method: &[u8], target: &[u8], permit: Permit) -> Result<Target, Refusal> {
-        if !target.is_ascii() {
-            return Err(Refusal::TargetBad);
+        // One look for both, without a branch per byte; there is neither in a good target.
+        if target.iter().fold(false, |seen, byte| seen | !byte.is_ascii() | (*byte == b'#')) {
+            return Err(if target.is_ascii() { Refusal::TargetFragment } else { Refusal::TargetBad });
         }
-        // One look finds where the query begins, and for most targets that there is no fragment.
-        let question = match memchr::memchr2(b'?', b'#', target) {
-            Some(at) if target[at] == b'#' || memchr::memchr(b'#', &target[at..]).is_some() => {
-                return Err(Refusal::TargetFragment);
-            }
-            question => question,
-        };
+        let question = memchr::memchr(b'?', target);
         match (method, target) {
             (b"CONNECT", _) if is_authority_form(target) => Err(Refusal::ConnectUnsupported),
             (b"CONNECT", _) => Err(Refusal::TargetForm),
