@@ -214,19 +214,15 @@ fn read_fields(
 // Not inlined, so that it has all registers for itself.
 #[inline(never)]
 fn note_fields(head: &[u8], headers: &[httparse::Header<'_>], fields: &mut [Field], meaning: &mut Meaning) -> Result<(), Refusal> {
-    // Each line has two bytes before it, the end of another.
-    let lines = &head[2..];
+    let base = head.as_ptr() as usize;
     for (field, header) in fields.iter_mut().zip(headers) {
-        let before = header.name.as_ptr() as usize - lines.as_ptr() as usize;
-        let start = before + 2;
-        let name = Span::new(start, start + header.name.len());
-        let value = Span::within(head.as_ptr() as usize, header.value);
-        *field = Field { name, value };
-        let first = lines[before];
-        if head[before] != b'\r' {
+        let start = header.name.as_ptr() as usize - base;
+        let value = Span::within(base, header.value);
+        *field = Field { name: Span::new(start, start + header.name.len()), value };
+        if head[start - 2] != b'\r' {
             return Err(Refusal::BareLf);
         }
-        if may_be_known(header.name.len(), first) {
+        if may_be_known(header.name.as_bytes()) {
             meaning.note(header, value)?;
         }
     }
@@ -334,8 +330,8 @@ static KNOWN: [u32; 32] = {
 
 /// False for most names, which need no second look. The low five bits of a letter are the same in both cases.
 #[inline(always)]
-fn may_be_known(length: usize, first: u8) -> bool {
-    KNOWN[length & 31] >> (first & 31) & 1 == 1
+fn may_be_known(name: &[u8]) -> bool {
+    name.first().is_some_and(|first| KNOWN[name.len() & 31] >> (first & 31) & 1 == 1)
 }
 
 /// Compares a field's name with one in small letters. Bit 5 is what tells the cases of a letter apart; of the bytes
