@@ -160,7 +160,8 @@ fn parse_into<'a>(
     head.query = parts.query.map(|query| query.moved_by(head.target.start));
     head.bytes = length as u32;
 
-    let meaning = read_fields(&input[..length], line_start, request.headers, &mut head.fields, limits)?;
+    let mut meaning = Meaning::default();
+    read_fields(&input[..length], line_start, request.headers, &mut head.fields, &mut meaning, limits)?;
     let authority = parts.authority.map(|authority| authority.moved_by(head.target.start));
     head.host = meaning.host(authority, version, input, permit)?;
     head.framing = meaning.framing(version, input, limits)?;
@@ -180,23 +181,21 @@ fn parse_into<'a>(
 /// We do not: where two readers differ about the end of a line, requests are smuggled.
 ///
 /// This loop is what parsing costs above `httparse`: some thirty instructions a field (benches/README.md).
-// Inlined: what it returns is large.
-#[inline(always)]
 fn read_fields(
     head: &[u8],
     request_line_start: usize,
     headers: &[httparse::Header<'_>],
     fields: &mut Vec<Field>,
+    meaning: &mut Meaning,
     limits: &Limits,
-) -> Result<Meaning, Refusal> {
+) -> Result<(), Refusal> {
     let end = head.len() - 2;
     let first = headers.first().map_or(end, |first| first.name.as_ptr() as usize - head.as_ptr() as usize);
     // Not cleared and pushed to: a warm list often has its length already.
     if fields.len() != headers.len() {
         fields.resize(headers.len(), Field::default());
     }
-    let mut meaning = Meaning::default();
-    note_fields(head, headers, fields, &mut meaning)?;
+    note_fields(head, headers, fields, meaning)?;
     if head[first - 2] != b'\r' || head[end - 2] != b'\r' || head[end] != b'\r' {
         return Err(Refusal::BareLf);
     }
@@ -207,7 +206,7 @@ fn read_fields(
     if head.len() > limits.field_bytes_max && longest_line(fields, end) > limits.field_bytes_max {
         return Err(Refusal::FieldTooLong);
     }
-    Ok(meaning)
+    Ok(())
 }
 
 /// Writes down where the fields are, and what those with a known name say.
