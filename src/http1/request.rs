@@ -196,7 +196,7 @@ fn read_fields(
         fields.resize(headers.len(), Field::default());
     }
     note_fields(head, headers, fields, meaning)?;
-    if head[first - 2] != b'\r' || head[end - 2] != b'\r' || head[end] != b'\r' {
+    if head[end - 2] != b'\r' || head[end] != b'\r' {
         return Err(Refusal::BareLf);
     }
     if first - 2 - request_line_start > limits.request_line_bytes_max {
