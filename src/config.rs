@@ -98,7 +98,7 @@ pub struct Limits {
     /// Longest header field, name, colon and value, in bytes; beyond it: 431. gunicorn 8,190, nginx 8 KiB.
     pub field_bytes_max: usize,
     /// Longest request head, request line and empty line included, in bytes; beyond it: 431.
-    /// h11 and IIS 16 KiB, node.js 16 KiB, Tomcat 8 KiB. Trailer sections have the same limit.
+    /// h11 and IIS 16 KiB, node.js 16 KiB, Tomcat 8 KiB. Trailer sections and PROXY protocol headers have the same limit.
     pub head_bytes_max: usize,
     /// Longest request body, in bytes after decoding; beyond it: 413. waitress 1 GiB, nginx 1 MiB, gunicorn none.
     pub body_bytes_max: u64,

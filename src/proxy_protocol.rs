@@ -37,7 +37,18 @@ pub enum Fault {
     /// They begin like neither version.
     Missing,
     Malformed,
+    /// Longer than any header, or than the caller has room for.
     TooLong,
+}
+
+impl Fault {
+    /// What to try when it is not the peer who is wrong.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Fault::Missing | Fault::Malformed => "send-proxy at the proxy, or --proxy-protocol off",
+            Fault::TooLong => "fewer TLVs at the proxy, or a larger --limit-head",
+        }
+    }
 }
 
 impl fmt::Display for Fault {
@@ -59,29 +70,30 @@ const V2_FIXED_BYTES: usize = 16;
 /// Addresses and TLVs. The addresses of unix sockets, the longest, take 216; TLVs may carry a client's certificate.
 const V2_LENGTH_MAX: usize = 4096;
 
-/// Looks for a header at the beginning of `bytes`.
+/// Looks for a header at the beginning of `bytes`. One of more than `bytes_max` bytes is too long, and found to be so as
+/// soon as its length shows, since its end would be waited for in vain.
 ///
 /// # Errors
 /// [`Fault`].
-pub fn parse(bytes: &[u8]) -> Result<Step, Fault> {
+pub fn parse(bytes: &[u8], bytes_max: usize) -> Result<Step, Fault> {
     let starts_like = |start: &[u8]| bytes.iter().zip(start).all(|(byte, wanted)| byte == wanted);
     if starts_like(V2_SIGNATURE) {
-        return parse_v2(bytes);
+        return parse_v2(bytes, bytes_max);
     }
     if !starts_like(V1_START) {
         return Err(Fault::Missing);
     }
-    parse_v1(bytes)
+    parse_v1(bytes, bytes_max.min(V1_BYTES_MAX))
 }
 
-fn parse_v1(bytes: &[u8]) -> Result<Step, Fault> {
-    let window = &bytes[..bytes.len().min(V1_BYTES_MAX)];
+fn parse_v1(bytes: &[u8], bytes_max: usize) -> Result<Step, Fault> {
+    let window = &bytes[..bytes.len().min(bytes_max)];
     let Some(end) = window.iter().position(|byte| matches!(byte, b'\r' | b'\n' | 0)) else {
-        return if window.len() == V1_BYTES_MAX { Err(Fault::TooLong) } else { Ok(Step::NeedData) };
+        return if window.len() == bytes_max { Err(Fault::TooLong) } else { Ok(Step::NeedData) };
     };
     match (window[end], window.get(end + 1)) {
         (b'\r', Some(b'\n')) => {}
-        (b'\r', None) if window.len() == V1_BYTES_MAX => return Err(Fault::TooLong),
+        (b'\r', None) if window.len() == bytes_max => return Err(Fault::TooLong),
         (b'\r', None) => return Ok(Step::NeedData),
         _ => return Err(Fault::Malformed),
     }
@@ -114,7 +126,7 @@ fn v1_source(line: &str) -> Option<Option<Peer>> {
     Some(Some(Peer::Inet(SocketAddr::new(source, source_port))))
 }
 
-fn parse_v2(bytes: &[u8]) -> Result<Step, Fault> {
+fn parse_v2(bytes: &[u8], bytes_max: usize) -> Result<Step, Fault> {
     // Each byte is judged as soon as it is there.
     let (Some(command), family) = (bytes.get(12), bytes.get(13)) else { return Ok(Step::NeedData) };
     // The version is 2, the command LOCAL or PROXY: "Receivers must drop connections presenting unexpected values here".
@@ -134,7 +146,7 @@ fn parse_v2(bytes: &[u8]) -> Result<Step, Fault> {
     };
     let Some(fixed) = bytes.first_chunk::<V2_FIXED_BYTES>() else { return Ok(Step::NeedData) };
     let length = usize::from(u16::from_be_bytes([fixed[14], fixed[15]]));
-    if length > V2_LENGTH_MAX {
+    if length > V2_LENGTH_MAX || V2_FIXED_BYTES + length > bytes_max {
         return Err(Fault::TooLong);
     }
     if length < addresses_bytes {
@@ -156,15 +168,24 @@ fn v2_source(addresses_bytes: usize, block: &[u8]) -> Option<Peer> {
     Some(Peer::Inet(SocketAddr::from(address)))
 }
 
-/// For a fuzzer: no bytes make it panic, and no split changes what comes of them.
+/// For a fuzzer: no bytes make it panic, no split changes what comes of them, and nobody waits for more than there is
+/// room for.
 #[doc(hidden)]
 pub fn fuzz(data: &[u8]) {
-    let whole = parse(data);
-    if let Ok(Step::Done { length, .. }) = whole {
-        assert!(length <= data.len() && length <= V2_FIXED_BYTES + V2_LENGTH_MAX);
+    for bytes_max in [usize::MAX, 64] {
+        fuzz_within(data, bytes_max);
+    }
+}
+
+fn fuzz_within(data: &[u8], bytes_max: usize) {
+    let whole = parse(data, bytes_max);
+    match whole {
+        Ok(Step::Done { length, .. }) => assert!(length <= data.len().min(bytes_max).min(V2_FIXED_BYTES + V2_LENGTH_MAX)),
+        Ok(Step::NeedData) => assert!(data.len() < bytes_max),
+        Err(_) => {}
     }
     for end in 0..data.len() {
-        match parse(&data[..end]) {
+        match parse(&data[..end], bytes_max) {
             Ok(Step::NeedData) => {}
             early => return assert_eq!(early, whole, "the first {end} bytes"),
         }
@@ -181,7 +202,7 @@ mod tests {
 
     fn done(bytes: &[u8]) -> Option<String> {
         fuzz(bytes);
-        match parse(bytes) {
+        match parse(bytes, usize::MAX) {
             Ok(Step::Done { source, .. }) => Some(source.map_or("nobody".to_owned(), |peer| peer.to_string())),
             _ => None,
         }
@@ -189,7 +210,7 @@ mod tests {
 
     fn fault(bytes: &[u8]) -> Option<Fault> {
         fuzz(bytes);
-        parse(bytes).err()
+        parse(bytes, usize::MAX).err()
     }
 
     #[test]
@@ -199,7 +220,7 @@ mod tests {
         assert_eq!(done(b"PROXY UNKNOWN\r\n").as_deref(), Some("nobody"));
         assert_eq!(done(b"PROXY UNKNOWN ffff::1 anything at all\r\n").as_deref(), Some("nobody"));
         let longest = "PROXY UNKNOWN ffff:f...f:ffff ffff:f...f:ffff 65535 65535\r\n";
-        assert_eq!(parse(longest.as_bytes()), Ok(Step::Done { length: longest.len(), source: None }));
+        assert_eq!(parse(longest.as_bytes(), usize::MAX), Ok(Step::Done { length: longest.len(), source: None }));
     }
 
     #[test]
@@ -273,6 +294,21 @@ mod tests {
         }
         assert_eq!(done(&v2(0x20, 0, &[0; 4096])).as_deref(), Some("nobody"));
         assert_eq!(fault(&v2(0x20, 0, &[0; 4097])), Some(Fault::TooLong));
+    }
+
+    #[test]
+    fn a_header_that_there_is_no_room_for_is_too_long_as_soon_as_it_shows() {
+        let block = v2(0x21, 0x31, &[0; 216]);
+        assert!(matches!(parse(&block, block.len()), Ok(Step::Done { .. })));
+        assert_eq!(parse(&block[..16], block.len()), Ok(Step::NeedData));
+        assert_eq!(parse(&block[..15], block.len() - 1), Ok(Step::NeedData));
+        assert_eq!(parse(&block[..16], block.len() - 1), Err(Fault::TooLong));
+
+        let line = b"PROXY TCP4 192.0.2.1 198.51.100.1 56324 443\r\n";
+        assert!(matches!(parse(line, line.len()), Ok(Step::Done { .. })));
+        assert_eq!(parse(&line[..line.len() - 1], line.len() - 1), Err(Fault::TooLong));
+        assert_eq!(parse(line, line.len() - 1), Err(Fault::TooLong));
+        assert_eq!(parse(line, line.len() - 2), Err(Fault::TooLong));
     }
 
     #[test]

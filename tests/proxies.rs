@@ -204,6 +204,26 @@ fn a_connection_without_a_proxy_header_is_closed_without_a_word() {
 }
 
 #[test]
+fn a_proxy_header_longer_than_a_head_may_be_is_closed_at_once_and_not_waited_for() {
+    let small = |config: &mut Config| {
+        proxied(config);
+        config.limits.head_bytes_max = 64;
+        config.timeouts.head = 10 * WAIT;
+    };
+    each_backend(small, |address, running| {
+        let block = v2(0x21, 0x31, &[0; 216]);
+        let line = format!("PROXY UNKNOWN {}\r\n", "x".repeat(60));
+        for pieces in [vec![&block[..]], block[..17].chunks(1).collect(), vec![line.as_bytes()], line.as_bytes()[..65].chunks(1).collect()]
+        {
+            assert_eq!(exchange(address, &pieces), "");
+        }
+        assert_eq!(sum(running, |stats| stats.proxy_refused.read()), 4);
+        let fits = [v2(0x21, 0x11, &[7; 48]), b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".to_vec()].concat();
+        assert!(exchange(address, &[&fits[..]]).starts_with("(\"7.7.7.7:1799"));
+    });
+}
+
+#[test]
 fn only_listed_proxies_may_connect_where_the_proxy_protocol_is_on() {
     each_backend(
         |config| config.proxy_protocol = Some(Networks::from_list("10.0.0.0/8").expect("networks")),

@@ -532,7 +532,7 @@ impl Engine {
     fn peer_closed(&mut self, key: usize, now: Micros) {
         let slot = &mut self.slots[key];
         if slot.proxy_awaited {
-            self.refuse_proxy_header(key, &Fault::Missing);
+            self.refuse_proxy_header(key, Fault::Missing);
             return self.terminate(key);
         }
         match slot.http.peer_closed(slot.input.len()) {
@@ -1025,7 +1025,7 @@ impl Engine {
                 self.refuse(key, Refusal::HeadTimeout, now);
             } else if !slot.begun && slot.since + periods.idle(slot) <= now {
                 if slot.proxy_awaited {
-                    self.refuse_proxy_header(key, &Fault::Missing);
+                    self.refuse_proxy_header(key, Fault::Missing);
                 }
                 return self.terminate(key);
             }

@@ -5,7 +5,7 @@ use crate::{
     driver::Peer,
     http1::Head,
     identity::{self, Origin},
-    proxy_protocol::{self, Step},
+    proxy_protocol::{self, Fault, Step},
     shard::slot::Slot,
 };
 
@@ -48,10 +48,10 @@ impl Engine {
     /// are needed.
     ///
     /// A connection without one is closed without an answer: whoever is there does not speak HTTP with us yet. The
-    /// header has the time of a request's head, and the first request's head has as long again.
+    /// header has the time and the room of a request's head, and the first request's head has as much again.
     pub(super) fn take_proxy_header(&mut self, key: usize, input: &[u8], now: Micros) -> Option<usize> {
         let slot = &mut self.slots[key];
-        match proxy_protocol::parse(input) {
+        match proxy_protocol::parse(input, self.limits.head_bytes_max) {
             Ok(Step::NeedData) => None,
             Ok(Step::Done { length, source }) => {
                 slot.proxy_awaited = false;
@@ -67,18 +67,18 @@ impl Engine {
                 Some(length)
             }
             Err(fault) => {
-                self.refuse_proxy_header(key, &fault);
+                self.refuse_proxy_header(key, fault);
                 Some(input.len())
             }
         }
     }
 
     /// Nothing is served on the connection, and nothing is said.
-    pub(super) fn refuse_proxy_header(&mut self, key: usize, why: &dyn std::fmt::Display) {
+    pub(super) fn refuse_proxy_header(&mut self, key: usize, fault: Fault) {
         self.stats.proxy_refused.add(1);
         let slot = &mut self.slots[key];
         slot.last = true;
-        tracing::info!(peer = %slot.accepted_from, "closed: {why}; try: send-proxy at the proxy, or --proxy-protocol off");
+        tracing::info!(peer = %slot.accepted_from, "closed: {fault}; try: {}", fault.remedy());
     }
 
     /// What proxies say about a request that has fields for it; removes those of anybody else.
