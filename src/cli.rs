@@ -220,7 +220,7 @@ pub struct Options {
     /// gunicorn's name for how requests run: sync or gthread; both are --threads here
     #[arg(short = 'k', long, value_name = "NAME", env = "URINGD_WORKER_CLASS", help_heading = "Python")]
     pub worker_class: Option<String>,
-    /// Relax one rule of the strict request profile: double-slash, host-missing, underscore-headers; repeatable
+    /// Relax one rule of the strict request profile: double-slash, host-missing, https-target, underscore-headers; repeatable
     #[arg(long, value_name = "RULE", env = "URINGD_PERMIT", value_delimiter = ',', help_heading = "Limits")]
     pub permit: Vec<String>,
 }
@@ -415,8 +415,11 @@ impl Options {
             match rule.as_str() {
                 "double-slash" => config.permit.double_slash = true,
                 "host-missing" => config.permit.host_missing = true,
+                "https-target" => config.permit.https_target = true,
                 "underscore-headers" => config.permit.underscore_headers = true,
-                other => return Err(Usage(format!("--permit {other}: try double-slash, host-missing or underscore-headers"))),
+                other => {
+                    return Err(Usage(format!("--permit {other}: try double-slash, host-missing, https-target or underscore-headers")));
+                }
             }
         }
         let networks = |option: &str, text: &str| {

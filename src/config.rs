@@ -220,6 +220,9 @@ pub struct Permit {
     /// A target whose path begins with `//` (RFC 3986 section 3.3). Danger: a handler that redirects to the path it was
     /// asked for sends the client to whatever host is named there.
     pub double_slash: bool,
+    /// A target `https://...` although the connection is not secured (RFC 9110 section 7.4), as a gateway in front may send
+    /// it. Danger: a handler that looks at the target instead of the scheme it is told takes it for secured.
+    pub https_target: bool,
 }
 
 impl Config {
@@ -351,6 +354,7 @@ impl fmt::Display for Config {
         let permit = self.permit;
         let permits = [
             ("double-slash", permit.double_slash),
+            ("https-target", permit.https_target),
             ("host-missing", permit.host_missing),
             ("underscore-headers", permit.underscore_headers),
         ];

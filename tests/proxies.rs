@@ -124,7 +124,7 @@ fn without_anybodys_word_the_request_says_it() {
             let told = ask(address, "/", "");
             assert!(told.starts_with("(\"127.0.0.1:") && told.ends_with(", \"http\", \"inner\", 8000, [])"), "{told}");
             for (request, wanted) in [
-                ("GET https://a/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", ", \"http\", \"a\", 80, [])"),
+                ("GET http://a/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", ", \"http\", \"a\", 80, [])"),
                 ("GET http://a:81/ HTTP/1.0\r\n\r\n", ", \"http\", \"a\", 81, [])"),
                 ("GET / HTTP/1.0\r\n\r\n", ", \"http\", \"\", 80, [])"),
                 ("GET / HTTP/1.1\r\nHost: [::1]:82\r\nConnection: close\r\n\r\n", ", \"http\", \"[::1]\", 82, [])"),

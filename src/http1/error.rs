@@ -124,6 +124,8 @@ refusals! {
         "The request target does not have a form that its method may have (RFC 9112 section 3.2)."
     TargetFragment 400 "target-fragment"
         "The request target has a fragment, which is never sent (RFC 9112 section 3.2.1)."
+    TargetHttps 421 "target-https"
+        "The request target is an https resource, but the connection is not secured (RFC 9110 section 7.4)."
     TargetScheme 400 "target-scheme"
         "The request target is a URI that is neither http nor https (RFC 9110 section 7.4)."
     TargetUserinfo 400 "target-userinfo"

@@ -407,10 +407,13 @@ impl Meaning {
         }
     }
 
+    /// `Expect = #expectation` (RFC 9110 section 10.1.1): a list, of which empty members are skipped (section 5.6.1.2).
     fn note_expect(&mut self, value: &[u8]) {
-        let known = value.eq_ignore_ascii_case(b"100-continue");
-        self.expect_continue |= known;
-        self.expect_other |= !known;
+        for expectation in value.split(|byte| *byte == b',').map(trim_ows).filter(|member| !member.is_empty()) {
+            let known = expectation.eq_ignore_ascii_case(b"100-continue");
+            self.expect_continue |= known;
+            self.expect_other |= !known;
+        }
     }
 
     /// "A server MUST respond with a 400 (Bad Request) status code to any HTTP/1.1 request message that lacks a Host

@@ -118,7 +118,7 @@ impl HeadScan {
 
             (HeadState::Method, b' ') => HeadState::TargetFirst,
             (HeadState::Method | HeadState::Target, b'\r') => HeadState::ShortLineLf,
-            (HeadState::Method, _) if length >= METHOD_BYTES_MAX => return Err(Refusal::MethodTooLong),
+            (HeadState::Method, _) if is_tchar(byte) && length >= METHOD_BYTES_MAX => return Err(Refusal::MethodTooLong),
             (HeadState::Method, _) if is_tchar(byte) => HeadState::Method,
             (HeadState::Start | HeadState::MethodFirst | HeadState::Method, _) => return Err(Refusal::MethodBad),
 

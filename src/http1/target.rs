@@ -60,9 +60,13 @@ impl Target {
         let Some(colon) = memchr::memmem::find(target, b"://") else {
             return Err(Refusal::TargetForm);
         };
-        let scheme = &target[..colon];
-        if !scheme.eq_ignore_ascii_case(b"http") && !scheme.eq_ignore_ascii_case(b"https") {
-            return Err(if is_scheme(scheme) { Refusal::TargetScheme } else { Refusal::TargetForm });
+        match &target[..colon] {
+            scheme if scheme.eq_ignore_ascii_case(b"http") => {}
+            // "a request for an "https" resource MUST be rejected unless it has been received over a connection that has
+            // been secured", or comes from a gateway that is trusted (RFC 9110 section 7.4).
+            scheme if scheme.eq_ignore_ascii_case(b"https") && permit.https_target => {}
+            scheme if scheme.eq_ignore_ascii_case(b"https") => return Err(Refusal::TargetHttps),
+            scheme => return Err(if is_scheme(scheme) { Refusal::TargetScheme } else { Refusal::TargetForm }),
         }
         let start = colon + 3;
         let rest = &target[start..];

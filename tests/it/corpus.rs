@@ -1,4 +1,5 @@
-//! The cases of tests/corpus/http1-cases.jsonl, judged as the runner beside the shared original judges them.
+//! The cases of tests/corpus, judged as the runner beside the shared original (http1-cases.jsonl) judges them; those of
+//! more-cases.jsonl are our own and go further into each rule.
 //!
 //! One JSON object a line: `id`, `group`, `raw` (a character a byte), `prefer` (the status wanted), `allow` (statuses
 //! also tolerated; 0 is closed without an answer), `conn` (close, keep, any), `why` (RFC section or CVE), `level`.
@@ -43,17 +44,27 @@ struct Case {
 
 #[test]
 fn every_case_is_judged_right_whole() {
-    judge_all(Way::Whole);
+    judge_all(&cases(), Way::Whole);
 }
 
 #[test]
 fn every_case_is_judged_right_byte_by_byte() {
-    judge_all(Way::Bytes);
+    judge_all(&cases(), Way::Bytes);
 }
 
 #[test]
 fn every_case_is_judged_right_split_at_random() {
-    judge_all(Way::Random);
+    judge_all(&cases(), Way::Random);
+}
+
+/// What a refused request is followed by is no request, be it on the wire already.
+#[test]
+fn nothing_behind_a_refused_case_is_served() {
+    let mut refused = cases();
+    refused.retain(|case| case.prefer >= 400 && case.connection == "close" && !case.half_close);
+    refused.iter_mut().for_each(|case| case.raw.extend(get("/evil").bytes()));
+    assert!(refused.len() >= 500, "only {} cases are refused", refused.len());
+    judge_all(&refused, Way::Whole);
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -64,8 +75,7 @@ enum Way {
 }
 
 /// Runs every case against `builtin:echo`, several at once, and fails with the list of those that fail.
-fn judge_all(way: Way) {
-    let cases = cases();
+fn judge_all(cases: &[Case], way: Way) {
     for_each_backend(|backend| {
         let server = backend.serve("builtin:echo", &[]);
         let random = Mutex::new(Random::new());
@@ -90,11 +100,15 @@ fn judge_all(way: Way) {
 }
 
 fn cases() -> Vec<Case> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus/http1-cases.jsonl");
-    let lines = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    let rows = lines.lines().map(|line| serde_json::from_str::<Value>(line).expect("a JSON object a line"));
-    let cases: Vec<Case> = rows.filter_map(|row| case(&row)).collect();
-    assert!(cases.len() >= 190, "only {} cases to judge", cases.len());
+    let mut cases = Vec::new();
+    for (name, least) in [("http1-cases.jsonl", 190), ("more-cases.jsonl", 750)] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(name);
+        let lines = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let rows = lines.lines().map(|line| serde_json::from_str::<Value>(line).expect("a JSON object a line"));
+        let judged: Vec<Case> = rows.filter_map(|row| case(&row)).collect();
+        assert!(judged.len() >= least, "only {} cases of {name} to judge", judged.len());
+        cases.extend(judged);
+    }
     cases
 }
 

@@ -178,7 +178,11 @@ fn read_one(bytes: &[u8], bounds: &Bounds) -> Result<(Request, usize), End> {
     let keep = options.iter().any(|option| same(option, b"keep-alive"));
     request.keep_alive = !close && (request.http11 || keep);
 
-    let expectations = values(&request.fields, "expect");
+    let expectations: Vec<Vec<u8>> = values(&request.fields, "expect")
+        .iter()
+        .flat_map(|value| value.split(|byte| *byte == b',').map(trim).collect::<Vec<_>>())
+        .filter(|expectation| !expectation.is_empty())
+        .collect();
     if expectations.iter().any(|expectation| !same(expectation, b"100-continue")) {
         broken.insert(417);
     }
@@ -286,6 +290,9 @@ fn read_target(method: &[u8], target: &[u8], request: &mut Request, broken: &mut
         broken.insert(400);
         return None;
     };
+    if lower.starts_with(b"https") {
+        broken.insert(421);
+    }
     let end = find(&before[start..], b"/").map_or(before.len(), |at| start + at);
     request.path = if end == before.len() { b"/".to_vec() } else { before[end..].to_vec() };
     if before[end..].starts_with(b"//") {

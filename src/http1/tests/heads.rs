@@ -29,7 +29,7 @@ fn a_target_is_split_at_its_first_question_mark() {
         ("/a//b?http://c//", "/a//b", Some("http://c//")),
         ("http://a", "/", None),
         ("http://A?q", "/", Some("q")),
-        ("HTTPS://a/x/y?q=/", "/x/y", Some("q=/")),
+        ("HTTP://a/x/y?q=/", "/x/y", Some("q=/")),
         ("/[a]|{b}", "/[a]|{b}", None),
     ] {
         let request = request(get(target).as_bytes());
@@ -66,6 +66,24 @@ fn a_path_with_two_slashes_first_passes_only_where_permitted() {
         let request = &run.requests[0];
         assert!(request.head.path.of(&request.head_bytes).starts_with(b"//"));
     }
+}
+
+#[test]
+fn an_https_target_passes_only_where_permitted() {
+    let permit = Permit { https_target: true, ..Permit::default() };
+    for target in ["https://a/b", "HTTPS://a", "https://a?b"] {
+        refused(&get(target), Refusal::TargetHttps);
+        let run = fuzzing::run(get(target).as_bytes(), &[], &Limits::default(), permit);
+        assert_eq!((run.requests.len(), run.end), (1, End::Open), "{target}");
+    }
+}
+
+#[test]
+fn a_method_of_the_greatest_length_may_end_there() {
+    let get = |method: String| format!("{method} / HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert_eq!(run(get("M".repeat(32)).as_bytes()).end, End::Open);
+    refused(&get("M".repeat(33)), Refusal::MethodTooLong);
+    refused(&get("M".repeat(32) + ":"), Refusal::MethodBad);
 }
 
 #[test]

@@ -10,7 +10,7 @@ const FACTS: Facts<'_> = Facts {
     request_id: "id",
     queue_seconds: 0.5,
     deadline: 2.0,
-    permit: Permit { host_missing: false, underscore_headers: false, double_slash: false },
+    permit: Permit { host_missing: false, underscore_headers: false, double_slash: false, https_target: false },
 };
 
 /// A value of marshal, as far as we write it.
