@@ -1,5 +1,12 @@
 //! What the fuzzer once found stays mended: `tests/fuzz/finds/TARGET/` has its inputs. See scripts/fuzz.
 
+extern crate uringd;
+
+#[path = "fuzz/compare.rs"]
+mod compare;
+#[path = "it/oracle.rs"]
+mod oracle;
+
 use std::{fs, path::Path};
 
 use uringd::{http1::fuzzing, proxy_protocol};
@@ -9,8 +16,12 @@ type Target = fn(&[u8]);
 
 #[test]
 fn every_find_of_the_fuzzer_stays_mended() {
-    let targets: [(&str, Target); 3] =
-        [("connection", fuzzing::fuzz_connection), ("chunked", fuzzing::fuzz_chunked), ("proxy_protocol", proxy_protocol::fuzz)];
+    let targets: [(&str, Target); 4] = [
+        ("connection", fuzzing::fuzz_connection),
+        ("chunked", fuzzing::fuzz_chunked),
+        ("oracle", compare::fuzz),
+        ("proxy_protocol", proxy_protocol::fuzz),
+    ];
     for (name, target) in targets {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/finds").join(name);
         // A target that never had a find has no folder.

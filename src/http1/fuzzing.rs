@@ -226,7 +226,8 @@ pub fn fuzz_chunked(data: &[u8]) {
 
 const CHUNKED_HEAD: &[u8] = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
 
-fn instructions(data: &[u8]) -> Option<(Limits, Vec<usize>, &[u8])> {
+/// Limits, places to cut, and what the peer sends, as `data` has them.
+pub fn instructions(data: &[u8]) -> Option<(Limits, Vec<usize>, &[u8])> {
     let (first, rest) = data.split_first()?;
     let limits = match first & 1 {
         0 => Limits::default(),

@@ -1,64 +1,7 @@
 //! Random and mutated requests, read by the parser and by `tests/it/oracle.rs`, which share no code.
 
-use super::{Random, corpus, fuzzing, oracle};
-use crate::{
-    config::{Limits, Permit},
-    http1::{
-        Version,
-        fuzzing::{End, Request},
-    },
-};
-
-fn bounds(limits: &Limits) -> oracle::Bounds {
-    oracle::Bounds {
-        request_line: limits.request_line_bytes_max,
-        fields: limits.fields_max,
-        field: limits.field_bytes_max,
-        head: limits.head_bytes_max,
-        body: limits.body_bytes_max,
-        chunk_line: limits.chunk_line_bytes_max,
-    }
-}
-
-/// What was parsed, in the oracle's terms.
-fn translate(request: &Request) -> oracle::Request {
-    let (head, bytes) = (&request.head, &request.head_bytes);
-    let owned = |span: crate::http1::Span| span.of(bytes).to_vec();
-    oracle::Request {
-        method: owned(head.method),
-        path: owned(head.path),
-        query: head.query.map(owned),
-        host: head.host.map(owned),
-        http11: head.version == Version::Http11,
-        fields: head.fields.iter().map(|field| (owned(field.name), owned(field.value))).collect(),
-        body: request.body.clone(),
-        keep_alive: head.keep_alive,
-        expect_continue: head.expect_continue,
-    }
-}
-
-/// Holds the two readings against each other, and the parser's against that of the same bytes in pieces.
-fn compare(bytes: &[u8], cuts: &[usize], limits: &Limits) -> Result<bool, String> {
-    let run = fuzzing::run(bytes, &[], limits, Permit::default());
-    if fuzzing::run(bytes, cuts, limits, Permit::default()) != run {
-        return Err(format!("other events when cut at {cuts:?}"));
-    }
-    let reading = oracle::read(bytes, &bounds(limits));
-    let requests: Vec<oracle::Request> = run.requests.iter().map(translate).collect();
-    let agree = requests == reading.requests
-        && match (&reading.end, run.end) {
-            (oracle::End::Clean, End::Open) => true,
-            (oracle::End::Closing, End::Closing) => true,
-            // A refusal before the end of the request: it must not have been possible to go on.
-            (oracle::End::Incomplete, End::Refused(_)) => true,
-            (oracle::End::Wrong(statuses), End::Refused(refusal)) => statuses.contains(&refusal.status()),
-            _ => false,
-        };
-    match agree {
-        true => Ok(!requests.is_empty()),
-        false => Err(format!("oracle: {reading:?}\nparser: {requests:?} {:?}", run.end)),
-    }
-}
+use super::{Random, compare::compare, corpus};
+use crate::config::Limits;
 
 /// Pieces that requests are made of, good and bad ones.
 const METHODS: [&str; 10] = ["GET", "POST", "HEAD", "OPTIONS", "get", "CONNECT", "Foo", "G(T", "", "PUT"];
@@ -82,7 +25,7 @@ const TARGETS: [&str; 17] = [
     "/\u{7f}",
 ];
 const VERSIONS: [&str; 8] = ["HTTP/1.1", "HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/1.9", "HTTP/2.0", "HTTP/1.10", "http/1.1"];
-const FIELDS: [&str; 40] = [
+const FIELDS: [&str; 41] = [
     "Host: a",
     "Host: a",
     "Host: a",
@@ -114,6 +57,7 @@ const FIELDS: [&str; 40] = [
     "Expect: 100-continue",
     "Expect: 100-Continue",
     "Expect: x",
+    "Expect: ,100-continue, ,",
     "X: y",
     "X:",
     "X : y",

@@ -7,11 +7,16 @@ mod heads;
 mod refusals;
 mod states;
 
+#[path = "../../../tests/fuzz/compare.rs"]
+mod compare;
 #[path = "../../../tests/it/oracle.rs"]
 mod oracle;
 
 use super::fuzzing::{self, End, Request, Run};
-use crate::config::{Limits, Permit};
+use crate::{
+    self as uringd,
+    config::{Limits, Permit},
+};
 
 /// What comes of `bytes` with the default limits, once it is clear that the way they are cut makes no difference.
 fn run(bytes: &[u8]) -> Run {
