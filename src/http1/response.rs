@@ -272,7 +272,7 @@ fn is_token(byte: u8) -> bool {
 
 /// Fields about this connection and this message's framing, which only the server may set
 /// (RFC 9110 section 7.6.1, RFC 9112 section 6).
-fn is_ours(name: &str) -> bool {
+pub fn is_ours(name: &str) -> bool {
     const OURS: [&str; 9] = [
         "Connection",
         "Content-Length",

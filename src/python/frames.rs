@@ -13,13 +13,16 @@
 //! A frame that does not fit into the [`Reader`]'s buffer is not refused. Its body is handed on in pieces while it comes, as
 //! if the worker had streamed it, so how much memory an answer takes is never the worker's choice.
 
-use std::{borrow::Cow, fmt, net::IpAddr, ops::Range, str};
+use std::{borrow::Cow, fmt, net::IpAddr, ops::Range, str, sync::Mutex};
 
 use crate::{
     config::Permit,
     driver::Peer,
     handler::{BodySource, Request, Response},
-    http1::{Framing, Span, is_forwarding, response::reason_phrase},
+    http1::{
+        Framing, Span, is_forwarding,
+        response::{is_ours, reason_phrase},
+    },
 };
 
 /// Length, id, type, flags, status.
@@ -114,7 +117,8 @@ macro_rules! key {
 fn environ(out: &mut Vec<u8>, request: &Request<'_>, facts: Facts<'_>) -> u64 {
     out.extend_from_slice(&[b')', ENVIRON_PLACES]);
     text(out, request.method().as_bytes());
-    percent_decoded(out, request.path().as_bytes());
+    // The target of `OPTIONS *` has no path (RFC 9110 section 7.1), and CGI's is empty or begins with a slash.
+    percent_decoded(out, if request.path() == "*" { b"" } else { request.path().as_bytes() });
     text(out, request.query().as_bytes());
     text(out, request.version().as_bytes());
     text(out, request.target().as_bytes());
@@ -595,8 +599,10 @@ pub fn response(status: u16, head: &[u8], bodiless: bool) -> Result<(Response, O
     }
     for line in lines {
         let line = line?;
-        let colon = memchr::memchr(b':', line).ok_or(Violation("a field without a colon"))?;
-        let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
+        // Of a name with a colon in it, all of it is the name: it must not pass for another one.
+        let mut colons = memchr::memchr_iter(b':', line).filter(|colon| line.get(colon + 1) == Some(&b' '));
+        let colon = colons.next().ok_or(Violation("a field without a colon"))?;
+        let (name, value) = (&line[..colon], line[colon + 2..].trim_ascii());
         match name.len() {
             12 if name.eq_ignore_ascii_case(b"Content-Type") && response.content_type.is_none() && value.is_ascii() => {
                 response.content_type = Some(content_type(value));
@@ -611,27 +617,38 @@ pub fn response(status: u16, head: &[u8], bodiless: bool) -> Result<(Response, O
             }
             _ => {}
         }
-        let name = str::from_utf8(name).map_err(|_| Violation("a field name that is not ASCII"))?;
-        let known = RESPONSE_NAMES.iter().find(|known| **known == name);
-        let name = known.map_or_else(|| Cow::Owned(name.to_owned()), |known| Cow::Borrowed(*known));
+        let known = RESPONSE_NAMES.iter().find(|known| known.as_bytes() == name);
+        let name = known.map_or_else(|| other_name(name, value), |known| Cow::Borrowed(*known));
         response.headers.push((name, Cow::Owned(value.to_owned())));
     }
     Ok((response, told))
 }
 
+/// What is not UTF-8 is not a token either, and becomes a 500 when it is written.
+fn other_name(name: &[u8], value: &[u8]) -> Cow<'static, str> {
+    let name = String::from_utf8_lossy(name).into_owned();
+    // Of those that never reach the client, the length and the wish to close are heard.
+    let is_heard =
+        name.eq_ignore_ascii_case("Content-Length") || name.eq_ignore_ascii_case("Connection") && value.eq_ignore_ascii_case(b"close");
+    if is_ours(&name) && !is_heard {
+        say_that_it_is_dropped(&name);
+    }
+    Cow::Owned(name)
+}
+
+/// Once for each name: an application that sets one sets it with every answer.
+fn say_that_it_is_dropped(name: &str) {
+    static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let mut said = SAID.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if !said.iter().any(|said| said.eq_ignore_ascii_case(name)) {
+        said.push(name.to_owned());
+        tracing::warn!(name, "the application sets a field that is the server's alone: it is dropped; try: leave it out");
+    }
+}
+
 /// Spelt as applications spell them, so that they need no memory of their own.
-const RESPONSE_NAMES: [&str; 10] = [
-    "Content-Length",
-    "Set-Cookie",
-    "Cache-Control",
-    "Vary",
-    "Location",
-    "ETag",
-    "Last-Modified",
-    "Expires",
-    "X-Frame-Options",
-    "Connection",
-];
+const RESPONSE_NAMES: [&str; 9] =
+    ["Content-Length", "Set-Cookie", "Cache-Control", "Vary", "Location", "ETag", "Last-Modified", "Expires", "X-Frame-Options"];
 
 fn content_type(value: &[u8]) -> Cow<'static, str> {
     const COMMON: [&str; 5] = ["text/html; charset=utf-8", "text/plain", "application/json", "text/plain; charset=utf-8", "text/html"];
