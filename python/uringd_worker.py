@@ -304,6 +304,10 @@ def check_body(piece):
     return piece
 
 
+class ClientGone(BrokenPipeError):
+    """Ends an answer that nobody reads: what makes it is closed, and the rest is never made."""
+
+
 class Exchange:
     """The state of one request and its answer, and the callables that its environ holds.
 
@@ -427,6 +431,8 @@ class Exchange:
         if not piece:
             return
         channel = self.channel
+        if self.begun and self.client_disconnected():
+            raise ClientGone("the client has left before the end of its answer")
         if not self.begun:
             if self.started is None:
                 raise AssertionError(
@@ -522,6 +528,9 @@ class Exchange:
             leave_forked_child(error)
         if isinstance(error, ChannelError):
             raise error
+        if isinstance(error, ClientGone) and self.begun:
+            self.break_off()
+            return
         if app_frames(error.__traceback__) is None:
             error = self.explain(error)
         try:
@@ -540,11 +549,15 @@ class Exchange:
                 ("Content-Type", "text/plain; charset=utf-8")
             ]
             self.whole(b"Internal Server Error\n")
-        elif not self.ended:
-            self.ended = True
-            self.channel.out.append(pack_header(0, self.id, END | END_FAILED))
+        else:
+            self.break_off()
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             worker.end(exit_status(error))
+
+    def break_off(self):
+        if not self.ended:
+            self.ended = True
+            self.channel.out.append(pack_header(0, self.id, END | END_FAILED))
 
     def explain(self, error):
         """An error that no frame of the application raised is about what it gave us: say that in
@@ -555,7 +568,8 @@ class Exchange:
                 STATUSES[self.started[0]]
                 check_headers(self.started[1])
         except (TypeError, ValueError) as clear:
-            return clear
+            clear.__context__ = None  # the error that it explains
+            return clear.with_traceback(None)
         if isinstance(error, TypeError) and "sequence item" in str(error):
             return TypeError("the body is a list with something other than bytes in it: %s" % error)
         if isinstance(error, TypeError) and "not iterable" in str(error):
@@ -1627,12 +1641,20 @@ class Zygote:
             pass
 
     def end_workers(self):
-        """SIGTERM to each, and SIGKILL to those that have not ended within the graceful time."""
-        deadline = time.monotonic() + float(self.start.get("graceful_timeout") or 30)
-        self.signal_workers(signal.SIGTERM)
+        """SIGTERM to each, and SIGKILL to those that have not ended within the graceful time.
+
+        Once a second again, for the interpreter looks at signals between two of its steps: one that
+        comes in the moment before a recv is noticed when that recv is over.
+        """
+        now = time.monotonic()
+        deadline, again = now + float(self.start.get("graceful_timeout") or 30), now
         while self.workers:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 self.signal_workers(signal.SIGKILL)
+            elif now >= again:
+                self.signal_workers(signal.SIGTERM)
+                again = now + 1
             self.reap()
             if self.workers:
                 time.sleep(0.01)
