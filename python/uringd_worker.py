@@ -12,7 +12,7 @@ and page below.
 
 The file reads from the inside out: what an application touches (wsgi.input, wsgi.errors,
 wsgi.file_wrapper), an exchange (one request and its answer), a channel (the hot loop), a worker,
-how an application is found and why it was not, the hooks of a gunicorn.conf.py, the zygote.
+how an application is found and why it was not, a gunicorn.conf.py, the zygote.
 """
 
 import ast
@@ -916,12 +916,14 @@ class Worker:
                 after_in_child=self.leave_channels,
             )
         config = self.zygote.config
-        gunicorn = config and config.worker(self)
+        gunicorn = config and config.booting
         try:
             if config:
+                gunicorn.pid = self.pid
                 config.call("post_fork", config.server, gunicorn)
             app = self.zygote.load() if self.zygote.app is None else self.zygote.app
             if config:
+                config.loaded(gunicorn, app)
                 config.call("post_worker_init", gunicorn)
                 self.hooks = config.request_hooks(gunicorn)
         except BaseException as error:
@@ -948,7 +950,8 @@ class Worker:
         for thread in threads[1:]:
             thread.join()
         if config:
-            config.call("worker_exit", config.server, gunicorn)
+            gunicorn.alive = False
+            config.call_safely("worker_exit", config.server, gunicorn)
         return self.status
 
     def base_environ(self, exchange):
@@ -994,14 +997,17 @@ class Worker:
         dump_traceback_on_usr1()
 
     def abort(self, gunicorn):
-        """SIGABRT: a request ran into its deadline. Nothing is finished; the hook may say so to
-        others.
+        """SIGABRT: a request ran into its deadline. The hook may say so to others; those who share
+        the worker with it may finish, which uringd's SIGKILL bounds.
         """
         if os.getpid() == self.pid and gunicorn is not None:
+            gunicorn.alive, gunicorn.aborted = False, True
             try:
                 self.zygote.config.call("worker_abort", gunicorn)
             except BaseException as error:
                 write_stderr("the hook worker_abort failed\n" + format_error(error))
+            if len(self.channels) > 1:
+                return self.end(1)
         os._exit(1)
 
     def end(self, status=0):
@@ -1182,6 +1188,24 @@ def load_app(target, interface=None):
     return found
 
 
+def mounted(app, prefix):
+    """The application below a path, which becomes its SCRIPT_NAME. A path elsewhere is passed on as
+    it is.
+    """
+    prefix = "/" + prefix.strip("/").encode("utf-8", "surrogateescape").decode("latin-1")
+    if prefix == "/":
+        return app
+    below = prefix + "/"
+
+    def mount(environ, start_response):
+        path = environ["PATH_INFO"]
+        if path == prefix or path.startswith(below):
+            environ["SCRIPT_NAME"], environ["PATH_INFO"] = prefix, path[len(prefix) :]
+        return app(environ, start_response)
+
+    return mount
+
+
 def check_interface(app, path):
     """Tells an ASGI application and a factory from a WSGI application by looking at what can be
     called.
@@ -1317,60 +1341,201 @@ def format_error(error, ours=False):
     return "".join(traceback.format_exception(type(error), error, frames))
 
 
-# The hooks of a gunicorn.conf.py.
+# A gunicorn.conf.py: its settings, its hooks, and what they log.
+
+
+def read_config(location):
+    """The names that the file (or python:MODULE) defines when it is executed, as gunicorn does."""
+    if location.startswith("python:"):
+        return vars(importlib.import_module(location[len("python:") :]))
+    path = os.path.abspath(location)
+    module = sys.modules["__config__"] = type(sys)("__config__")
+    module.__file__ = path
+    with open(path, "rb") as source:
+        exec(compile(source.read(), path, "exec"), vars(module))
+    return vars(module)
+
+
+def evaluate_config(config, names):
+    """The answer to `settings`: those of the names that the file defines, as plain data."""
+    try:
+        found = read_config(config)
+        values = {name: plain(found[name]) for name in names if name in found}
+        # What is nested is for logging, which is set up here. It may be longer than a record.
+        for name, value in values.items():
+            if isinstance(value, dict) and len(json.dumps(value)) > 4096:
+                values[name] = {"type": "dict"}
+        return {"settings": values}
+    except BaseException as error:
+        return {"failed": config_failure(error, config)}
+
+
+def plain(value):
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else str(value)
+    if isinstance(value, (os.PathLike, bytes)):
+        return os.fsdecode(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, type):
+        return "%s.%s" % (value.__module__, value.__qualname__)
+    return {"type": type(value).__name__}
+
+
+def config_failure(error, location):
+    python = "%s (%s)" % (sys.executable or "this interpreter", interpreter()["python"])
+    if isinstance(error, ModuleNotFoundError):
+        hint = (
+            "%r is not installed for %s: install it there, give its interpreter with --python, or "
+            "take the import out" % (error.name, python)
+        )
+    elif isinstance(error, SyntaxError):
+        hint = "the interpreter is %s; --python gives another" % python
+    else:
+        hint = "mend the file; `%s %s` may show the same" % (sys.executable or "python3", location)
+    return "%shint: %s\n" % (format_error(error)[-10000:], hint)
+
+
+# What gunicorn has configured before a logging configuration of the user's is laid over it.
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "root": {"level": "INFO", "handlers": ["console"]},
+    "loggers": {
+        "gunicorn.error": {"level": "INFO", "handlers": ["error_console"], "propagate": True},
+        "gunicorn.access": {"level": "INFO", "handlers": ["console"], "propagate": True},
+    },
+    "handlers": {
+        "console": {
+            "class": "logging.StreamHandler",
+            "formatter": "generic",
+            "stream": "ext://sys.stdout",
+        },
+        "error_console": {
+            "class": "logging.StreamHandler",
+            "formatter": "generic",
+            "stream": "ext://sys.stderr",
+        },
+    },
+    "formatters": {
+        "generic": {
+            "format": "%(asctime)s [%(process)d] [%(levelname)s] %(message)s",
+            "datefmt": "[%Y-%m-%d %H:%M:%S %z]",
+            "class": "logging.Formatter",
+        }
+    },
+}
+
+
+def set_up_logging(settings):
+    """The logger that hooks get, gunicorn.error: applications borrow its handlers and its level,
+    whether there is a gunicorn.conf.py or not.
+    """
+    import logging
+
+    level = (settings.get("loglevel") or "info").upper()
+    log = logging.getLogger("gunicorn.error")
+    log.propagate = False
+    log.setLevel(logging.DEBUG if level == "TRACE" else getattr(logging, level, logging.INFO))
+    form = LOGGING["formatters"]["generic"]
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(form["format"], form["datefmt"]))
+    log.handlers = [handler]
+    nested, file = settings.get("logconfig_dict"), settings.get("logconfig_json")
+    if not nested and file:
+        with open(file) as source:
+            nested = json.load(source)
+    if nested:
+        import logging.config
+
+        logging.config.dictConfig(dict(LOGGING, **nested))
+    elif settings.get("logconfig"):
+        import logging.config
+
+        path = settings["logconfig"]
+        if not os.path.exists(path):
+            raise FileNotFoundError("there is no logging configuration %s" % path)
+        defaults = {"__file__": path, "here": os.path.dirname(path)}
+        logging.config.fileConfig(path, defaults=defaults, disable_existing_loggers=False)
+    return log
 
 
 class Config:
-    """A gunicorn.conf.py: executed once, in the zygote; its functions are called with gunicorn's
-    arguments.
-
-    Its settings are uringd's to read; here they are only what `cfg` shows to the hooks.
+    """The hooks of a gunicorn.conf.py, which is executed once in each zygote. They are called with
+    gunicorn's arguments: objects that have those attributes of its own which hooks use.
     """
 
-    def __init__(self, path):
-        import logging
+    def __init__(self, location, settings):
+        """`settings` are gunicorn's, as uringd has read them: from here, and from everywhere else
+        where they may be said.
+        """
         from types import SimpleNamespace
 
-        self.names = {
-            "__file__": os.path.abspath(path),
-            "__name__": "__config__",
-            "__builtins__": __builtins__,
-        }
-        with open(path, "rb") as source:
-            exec(compile(source.read(), path, "exec"), self.names)
-        self.log = logging.getLogger("uringd")
-        if not self.log.handlers:
-            handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter("[%(process)d] %(levelname)s %(message)s"))
-            self.log.addHandler(handler)
-            self.log.setLevel(logging.INFO)
-            self.log.propagate = False
-        self.cfg = SimpleNamespace(**{k: v for k, v in self.names.items() if not k.startswith("_")})
-        self.server = SimpleNamespace(pid=os.getpid(), log=self.log, cfg=self.cfg, address=[])
+        self.names = read_config(location)
+        own = {name: value for name, value in self.names.items() if not name.startswith("_")}
+        said = {name: value for name, value in settings.items() if value is not None}
+        self.cfg = SimpleNamespace(**dict(settings, **dict(own, **said)))
+        # The server is uringd: it gets the signals that a hook sends to the server.
+        self.server = SimpleNamespace(pid=os.getppid(), cfg=self.cfg, WORKERS={}, app=None)
+        self.booting = None
 
-    def worker(self, worker=None, pid=None, age=0):
-        """What gunicorn's hooks know as `worker`."""
+    def begin(self, log, start):
+        base, server = start.get("base") or {}, self.server
+        self.log = server.log = log
+        server.address = [(base.get("SERVER_NAME", ""), int(base.get("SERVER_PORT") or 0))]
+        server.num_workers = None
+        self.count(start.get("workers", 0))
+
+    def count(self, workers):
+        old, self.server.num_workers = self.server.num_workers, workers
+        self.call_safely("nworkers_changed", self.server, workers, old)
+
+    def boot(self, age):
+        """What hooks know as `worker`, before it is forked."""
         from types import SimpleNamespace
 
-        return SimpleNamespace(
-            pid=worker.pid if worker else pid,
-            age=worker.id if worker else age,
+        self.booting = SimpleNamespace(
+            pid="[booting]",
+            age=age,
             ppid=self.server.pid,
             log=self.log,
             cfg=self.cfg,
+            timeout=getattr(self.cfg, "timeout", None),
             alive=True,
+            booted=False,
+            aborted=False,
             nr=0,
+            notify=lambda: None,
             app=None,
             wsgi=None,
         )
+        self.call_safely("pre_fork", self.server, self.booting)
+
+    def loaded(self, worker, app):
+        from types import SimpleNamespace
+
+        worker.booted, worker.wsgi = True, app
+        worker.app = SimpleNamespace(callable=app, wsgi=lambda: app)
+
+    def hook(self, name):
+        """The function of this name; a text names one of some module."""
+        hook = self.names.get(name)
+        if isinstance(hook, str):
+            module, _, attribute = hook.rpartition(".")
+            hook = getattr(importlib.import_module(module), attribute)
+        return hook if callable(hook) else None
 
     def call(self, name, *args):
-        hook = self.names.get(name)
-        if callable(hook):
+        hook = self.hook(name)
+        if hook is not None:
             hook(*args)
 
     def call_safely(self, name, *args):
-        """In the zygote an error of a hook is only logged: the zygote has work to go on with."""
+        """Where there is work to go on with, an error of a hook is only logged."""
         try:
             self.call(name, *args)
         except Exception as error:
@@ -1386,11 +1551,18 @@ class Config:
             headers = [
                 (k[5:].replace("_", "-"), v) for k, v in environ.items() if k.startswith("HTTP_")
             ]
+            for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+                if name in environ:
+                    headers.append((name.replace("_", "-"), environ[name]))
+            version = environ["SERVER_PROTOCOL"].rpartition("/")[2].split(".")
             return SimpleNamespace(
                 method=environ.get("REQUEST_METHOD"),
                 path=environ.get("PATH_INFO"),
                 uri=environ.get("RAW_URI"),
                 query=environ.get("QUERY_STRING"),
+                version=tuple(map(int, version)),
+                scheme=environ.get("wsgi.url_scheme"),
+                remote_addr=(environ.get("REMOTE_ADDR"), environ.get("REMOTE_PORT")),
                 headers=headers,
                 body=environ.get("wsgi.input"),
             )
@@ -1408,10 +1580,10 @@ class Config:
             except Exception as error:
                 exchange.errors.write("the hook post_request failed\n%s" % format_error(error))
 
-        hooks, pre, post = {}, self.names.get("pre_request"), self.names.get("post_request")
-        if callable(pre):
+        hooks, pre, post = {}, self.hook("pre_request"), self.hook("post_request")
+        if pre is not None:
             hooks["pre_request"] = pre_request
-        if callable(post):
+        if post is not None:
             # gunicorn has given this hook two, three and four arguments in its time, and honours
             # all of them.
             code = getattr(post, "__code__", None)
@@ -1439,7 +1611,7 @@ class Zygote:
         self.control.set_inheritable(False)
         self.workers = {}  # pid: the id that uringd gave it
         self.app = self.config = None
-        self.start = {}
+        self.start, self.mount = {}, ""
 
     def run(self):
         """Returns a Worker in a child that is to become one; in the zygote itself None, when all is
@@ -1474,7 +1646,7 @@ class Zygote:
 
     def begin(self):
         """Reads `start`, makes the surroundings of the application, loads it if told to; says ready
-        or failed.
+        or failed. Or reads `settings`, and answers it.
         """
         record = os.environ.pop(self.RESTART, None)
         if record is None:
@@ -1482,8 +1654,22 @@ class Zygote:
             if not record:
                 return False
         record = json.loads(record)
+        if "settings" in record or record["start"].get("check"):
+            # Only for a moment, and nobody else would end it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if "settings" in record:
+            self.tell(evaluate_config(**record["settings"]))
+            return False
         self.start = start = record["start"]
-        warning, threads = record.get("warning"), 1
+        warning, threads, settings = record.get("warning"), 1, start.get("settings") or {}
+        if start.get("config"):
+            # First, for gunicorn executes it where it was started, not where the application is.
+            try:
+                self.config = Config(start["config"], settings)
+            except BaseException as error:
+                self.tell({"failed": config_failure(error, start["config"])})
+                return False
         try:
             if start.get("chdir"):
                 os.chdir(start["chdir"])
@@ -1500,9 +1686,16 @@ class Zygote:
                     "hint: leave --worker-class out: requests run on "
                     "--threads threads of each worker" % start["worker_class"]
                 )
-            if start.get("config"):
-                self.config = Config(start["config"])
-                self.config.call("on_starting", self.config.server)
+            self.mount = (start.get("base") or {}).pop("SCRIPT_NAME", "") or os.environ.get(
+                "SCRIPT_NAME", ""
+            )
+            log = set_up_logging(vars(self.config.cfg) if self.config else settings)
+            if start.get("check"):
+                self.config = None
+            if self.config:
+                self.config.begin(log, start)
+                if warning is None:  # else it was called before the interpreter began anew
+                    self.config.call("on_starting", self.config.server)
             parse_target(start["app"])
             if start.get("preload"):
                 self.app = self.load()
@@ -1510,7 +1703,7 @@ class Zygote:
         except BaseException as error:
             self.tell({"failed": load_failure(error, start)})
             return False
-        if threads > 1:
+        if threads > 1 and not start.get("check"):
             if warning is None and self.restart(threads):
                 return False
             self.app = None
@@ -1524,7 +1717,7 @@ class Zygote:
         return True
 
     def load(self):
-        return load_app(self.start["app"], self.start.get("interface"))
+        return mounted(load_app(self.start["app"], self.start.get("interface")), self.mount)
 
     def restart(self, threads):
         """The application started threads when it was imported, and a fork copies only one of them,
@@ -1548,7 +1741,8 @@ class Zygote:
                 }
             )
             return True
-        record = {"start": dict(self.start, preload=False), "warning": warning}
+        base = dict(self.start.get("base") or {}, SCRIPT_NAME=self.mount)
+        record = {"start": dict(self.start, preload=False, base=base), "warning": warning}
         environ = dict(os.environ, **{self.RESTART: json.dumps(record)})
         os.set_inheritable(CONTROL_FD, True)
         try:
@@ -1585,7 +1779,10 @@ class Zygote:
                 return None
             if not record:
                 return None
-            id = json.loads(record).get("fork")
+            record = json.loads(record)
+            if "workers" in record and self.config:
+                self.config.count(record["workers"])
+            id = record.get("fork")
             if id is None:
                 continue
             worker = self.fork(id, descriptors, per_worker)
@@ -1597,7 +1794,7 @@ class Zygote:
             pid, error = None, "%d descriptors came, not %d" % (len(descriptors), expected)
         else:
             if self.config:
-                self.config.call_safely("pre_fork", self.config.server, self.config.worker(age=id))
+                self.config.boot(id)
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:
                     stream.flush()  # or both processes would write what is in the buffer
@@ -1614,6 +1811,9 @@ class Zygote:
             self.tell({"forked": id, "error": error})
         else:
             self.workers[pid] = id
+            if self.config:
+                self.config.booting.pid = pid
+                self.config.server.WORKERS[pid] = self.config.booting
             self.tell({"forked": id, "pid": pid})
         return None
 
@@ -1629,9 +1829,8 @@ class Zygote:
             if id is not None:
                 self.tell({"exited": pid, "status": status})
                 if self.config:
-                    self.config.call_safely(
-                        "child_exit", self.config.server, self.config.worker(pid=pid, age=id)
-                    )
+                    server = self.config.server
+                    self.config.call_safely("child_exit", server, server.WORKERS.pop(pid))
 
     def drain_wake(self):
         try:

@@ -1,19 +1,28 @@
 //! The command line, the environment and the configuration file, and what they mean together.
 //!
-//! [`Options`] is what was typed; [`Options::config`] says what it means. The command line wins over the
-//! environment, the environment over the file.
+//! [`Options`] is what was typed; [`Options::config`] and [`Options::python_app`] say what it means. Where all of it is
+//! looked for, and what wins, is in `sources.rs`.
 
-use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
 
 use clap::Parser;
 use serde::Deserialize;
 
 use crate::{
     builtin::Builtin,
-    config::{Backend, Bind, Config, Cores},
+    config::{Backend, Bind, Config, Cores, HEAD_BYTES_CEILING, Limits, quoted},
     identity::{Fields, Networks},
     python::{PythonApp, find_interpreter, zygote::THREADS_MAX},
 };
+
+/// Of a head, what is neither its request line nor its longest field.
+const HEAD_REST_BYTES: usize = 4 << 10;
 
 const ABOUT: &str = "\
 A Linux-native HTTP server: one io_uring ring per core receives and sends, and only complete requests reach the \
@@ -27,7 +36,7 @@ Targets:
   builtin:echo         JSON of the request as it was understood
   builtin:sleep        sleeps ?ms=N on a handler thread, then answers
   builtin:stream       streams ?bytes=N from a handler thread
-  module:attribute     a Python application (WSGI); module:factory() calls what makes one
+  module:attribute     a Python application (WSGI); module:factory() calls what makes one, module alone has `application`
 
 Examples:
   uringd                                      the welcome page on http://127.0.0.1:8000
@@ -37,7 +46,10 @@ Examples:
 
 Every option is also an environment variable, URINGD_ and its name in capitals (URINGD_KEEP_ALIVE=5), and a key
 of the configuration file (keep-alive = 5). Exit status: 0 after a drained stop, 1 could not start, 2 usage,
-3 requests were lost at the drain limit.";
+3 requests were lost at the drain limit.
+
+The options of gunicorn and waitress-serve, gunicorn.conf.py and GUNICORN_CMD_ARGS are accepted too; what of them is
+not honoured is named in a warning, and by --check. docs/migrating.md has the list.";
 
 // In the help texts, brackets are brackets.
 #[allow(rustdoc::broken_intra_doc_links)]
@@ -66,11 +78,12 @@ pub struct Options {
     /// How the kernel is asked: auto, uring or epoll [default: auto]
     #[arg(long, value_name = "NAME", env = "URINGD_BACKEND", help_heading = "Running")]
     pub backend: Option<String>,
-    /// Read settings from this TOML file [default: ./uringd.toml if present]
+    /// Read settings from this file, uringd.toml or gunicorn.conf.py, or from python:MODULE [default: ./uringd.toml if
+    /// present, else ./gunicorn.conf.py]
     #[arg(short, long, value_name = "FILE", env = "URINGD_CONFIG", help_heading = "Running")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
-    /// Print the effective configuration and exit: 0 when it would start
+    /// Load the application, print the effective configuration and exit: 0 when it would start
     #[arg(long, help_heading = "Running")]
     #[serde(skip)]
     pub check: bool,
@@ -87,8 +100,31 @@ pub struct Options {
     /// Form of the log lines: text or json [default: text]
     #[arg(long, value_name = "FORM", env = "URINGD_LOG_FORMAT", help_heading = "Running")]
     pub log_format: Option<String>,
+    /// Run as this user, by name or number, once the sockets listen [default: unchanged]
+    #[arg(short, long, value_name = "NAME", env = "URINGD_USER", help_heading = "Running")]
+    pub user: Option<String>,
+    /// Run as this group [default: the group of --user]
+    #[arg(short, long, value_name = "NAME", env = "URINGD_GROUP", help_heading = "Running")]
+    pub group: Option<String>,
+    /// Permissions that new files, unix sockets among them, do not get: 022 is octal, 18 decimal [default: unchanged]
+    #[arg(short = 'm', long, value_name = "MASK", env = "URINGD_UMASK", help_heading = "Running")]
+    pub umask: Option<String>,
+    /// Write the process id here once ready, and remove it at the end
+    #[arg(short, long, value_name = "PATH", env = "URINGD_PID", help_heading = "Running")]
+    pub pid: Option<PathBuf>,
+    /// Permissions of unix sockets, octal [default: what the umask leaves]
+    #[arg(long, value_name = "MODE", env = "URINGD_UNIX_SOCKET_PERMS", help_heading = "Running")]
+    pub unix_socket_perms: Option<String>,
+    /// Value of the Server field of answers that have none of their own; empty: no field [default: uringd]
+    #[arg(long, value_name = "TEXT", env = "URINGD_SERVER_HEADER", help_heading = "Running")]
+    pub server_header: Option<String>,
+    /// waitress's way to write --bind.
+    #[arg(long, hide = true)]
+    pub host: Option<String>,
+    #[arg(long, hide = true)]
+    pub port: Option<u16>,
 
-    /// A request may run this long, in seconds; then 504 [default: 30]
+    /// A request may run this long, in seconds; then 504; 0: any time [default: 30]
     #[arg(short, long, value_name = "SECS", env = "URINGD_TIMEOUT", help_heading = "Time limits")]
     pub timeout: Option<Seconds>,
     /// A request may wait this long for a handler; then 503 [default: 30]
@@ -126,16 +162,16 @@ pub struct Options {
     /// Connections per core; more wait in the kernel [default: 16384]
     #[arg(long, aliases = ["connection-limit", "worker-connections"], value_name = "N", env = "URINGD_LIMIT_CONNECTIONS", help_heading = "Limits")]
     pub limit_connections: Option<usize>,
-    /// Bytes of a request line; more get 414 [default: 8192]
+    /// Bytes of a request line; more get 414; 0: as --limit-head [default: 8192]
     #[arg(long, value_name = "BYTES", env = "URINGD_LIMIT_REQUEST_LINE", help_heading = "Limits")]
     pub limit_request_line: Option<usize>,
     /// Fields of a request head; more get 431 [default: 100]
     #[arg(long, value_name = "N", env = "URINGD_LIMIT_REQUEST_FIELDS", help_heading = "Limits")]
     pub limit_request_fields: Option<usize>,
-    /// Bytes of one field; more get 431 [default: 8192]
+    /// Bytes of one field; more get 431; 0: as --limit-head [default: 8192]
     #[arg(long, value_name = "BYTES", env = "URINGD_LIMIT_REQUEST_FIELD_SIZE", help_heading = "Limits")]
     pub limit_request_field_size: Option<usize>,
-    /// Bytes of a request head in all; more get 431 [default: 16384]
+    /// Bytes of a request head in all; more get 431 [default: 16384, or what the longest line and field need]
     #[arg(long, value_name = "BYTES", env = "URINGD_LIMIT_HEAD", help_heading = "Limits")]
     pub limit_head: Option<usize>,
     /// Bytes of a request body; more get 413 [default: 1073741824]
@@ -176,7 +212,7 @@ pub struct Options {
     #[arg(long, value_name = "KIND", env = "URINGD_FORWARDED_FIELDS", help_heading = "Proxies")]
     pub forwarded_fields: Option<String>,
     /// Every connection begins with a PROXY protocol header, version 1 or 2: on or off [default: off]
-    #[arg(long, value_name = "on|off", env = "URINGD_PROXY_PROTOCOL", help_heading = "Proxies")]
+    #[arg(long, value_name = "on|off", env = "URINGD_PROXY_PROTOCOL", num_args = 0..=1, default_missing_value = "on", help_heading = "Proxies")]
     pub proxy_protocol: Option<String>,
     /// Who may connect when it is on: addresses and networks, `*` for all [default: loopback]
     #[arg(long, value_name = "LIST", env = "URINGD_PROXY_ALLOW_FROM", help_heading = "Proxies")]
@@ -214,6 +250,19 @@ pub struct Options {
     /// Replace a process that is older than this; 0: never [default: 0]
     #[arg(long, value_name = "SECS", env = "URINGD_MAX_AGE", help_heading = "Python")]
     pub max_age: Option<Seconds>,
+    /// Where the application is mounted: its SCRIPT_NAME, taken from the path [default: $SCRIPT_NAME]
+    #[arg(long, value_name = "PATH", env = "URINGD_SCRIPT_NAME", help_heading = "Python")]
+    pub script_name: Option<String>,
+    /// What clients use when no proxy says it: http or https [default: http]
+    #[arg(long, value_name = "SCHEME", env = "URINGD_URL_SCHEME", help_heading = "Python")]
+    pub url_scheme: Option<String>,
+    /// SERVER_NAME of the environ, for requests without a Host field [default: the address]
+    #[arg(long, value_name = "NAME", env = "URINGD_SERVER_NAME", help_heading = "Python")]
+    pub server_name: Option<String>,
+    /// waitress's way to write `module:factory()`.
+    #[arg(long, hide = true)]
+    #[serde(skip)]
+    pub call: bool,
     /// What the application is, when its looks would say something else: wsgi
     #[arg(long, value_name = "NAME", env = "URINGD_INTERFACE", help_heading = "Python")]
     pub interface: Option<String>,
@@ -283,15 +332,19 @@ impl Target {
             let names: Vec<_> = Builtin::NAMES.iter().map(|pair| pair.0).collect();
             return Err(Usage(format!("{text} is no built-in target; try: {}", names.join(", "))));
         }
-        let is_module =
-            |name: &str| !name.is_empty() && name.chars().all(|letter| letter.is_alphanumeric() || letter == '_' || letter == '.');
-        if text.split_once(':').is_some_and(|(module, attribute)| is_module(module) && !attribute.is_empty() && !attribute.starts_with('/'))
-        {
+        let is_name = |name: &str| !name.is_empty() && name.chars().all(|letter| letter.is_alphanumeric() || letter == '_');
+        let is_module = |name: &str| name.split('.').all(is_name);
+        let is_app = match text.split_once(':') {
+            Some((module, attribute)) => is_module(module) && !attribute.is_empty() && !attribute.starts_with('/'),
+            // As Django's documentation has it for gunicorn: `mysite.wsgi`.
+            None => is_module(text) && !Path::new(text).is_dir(),
+        };
+        if is_app {
             return Ok(Target::Python(text.to_owned()));
         }
         let unsupported = if text.starts_with("http://") || text.starts_with("https://") || text.starts_with("unix:") {
             "a reverse proxy"
-        } else if text.contains('/') || text == "." || text == ".." {
+        } else if text.contains('/') || Path::new(text).is_dir() {
             "a directory of static files"
         } else {
             return Err(Usage(format!("{text:?} is no target; try: builtin:welcome, or --help for the forms there are")));
@@ -302,16 +355,14 @@ impl Target {
 
 impl Options {
     /// Fills what was not said from `file`.
-    pub fn over(mut self, file: Options) -> Options {
-        // The environment wins over the file under gunicorn's name, too.
-        self.forwarded_allow_ips = self.forwarded_allow_ips.or_else(forwarded_allow_ips);
+    pub fn over(self, file: Options) -> Options {
         /// Every field, so that none is forgotten when one is added.
         macro_rules! merge {
-            ($($field:ident)*; $($list:ident)*; $($own:ident)*) => {
+            ($($field:ident)*; $($list:ident)*; $($flag:ident)*) => {
                 Options {
                     $($field: self.$field.or(file.$field),)*
                     $($list: if self.$list.is_empty() { file.$list } else { self.$list },)*
-                    $($own: self.$own,)*
+                    $($flag: self.$flag || file.$flag,)*
                 }
             };
         }
@@ -323,9 +374,10 @@ impl Options {
             connection_life limit_response_spool limit_spool spool_dir limit_per_ip
             forwarded_allow_ips forwarded_hops forwarded_fields proxy_protocol proxy_allow_from
             workers threads python chdir pythonpath preload max_requests max_requests_jitter max_rss max_age interface
-            worker_class;
+            worker_class user group umask pid unix_socket_perms server_header host port script_name url_scheme server_name
+            config;
             bind permit env;
-            config check doctor
+            check doctor call
         }
     }
 
@@ -342,7 +394,7 @@ impl Options {
             }
             Some(other) => return usage(format!("--interface {other}: try wsgi")),
         }
-        match self.worker_class.as_deref() {
+        match self.worker_class.as_deref().map(class_name) {
             None | Some("sync" | "gthread") => {}
             Some(other) => return usage(format!("--worker-class {other} is not available; try: --threads 8, which is gunicorn's gthread")),
         }
@@ -362,12 +414,7 @@ impl Options {
             pair.ok_or_else(|| Usage(format!("--env {text}: try NAME=VALUE")))
         };
         Ok(PythonApp {
-            // A path with a slash is ours to resolve: the zygote changes its directory.
-            interpreter: match &self.python {
-                Some(path) if path.components().count() > 1 => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
-                Some(name) => name.clone(),
-                None => find_interpreter(self.chdir.as_deref()),
-            },
+            interpreter: self.interpreter(),
             workers,
             threads,
             chdir: self.chdir.clone(),
@@ -385,8 +432,41 @@ impl Options {
             max_rss: self.max_rss.filter(|limit| *limit > 0),
             max_age: self.max_age.map(|seconds| seconds.0).filter(|limit| !limit.is_zero()),
             interface: self.interface.clone().filter(|name| name != "auto"),
-            app: app.to_owned(),
+            environ: self.environ()?,
+            app: if self.call && !app.ends_with(')') { format!("{app}()") } else { app.to_owned() },
+            ..PythonApp::new("")
         })
+    }
+
+    /// What runs Python.
+    pub fn interpreter(&self) -> PathBuf {
+        match &self.python {
+            // A path with a slash is ours to resolve: the zygote changes its directory.
+            Some(path) if path.components().count() > 1 => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
+            Some(name) => name.clone(),
+            None => find_interpreter(self.chdir.as_deref()),
+        }
+    }
+
+    /// What stands neither in a [`Config`] nor in a [`PythonApp`], as keys and values of the configuration file.
+    pub fn rest(&self) -> String {
+        let settings = [
+            ("log-level", self.log_level.as_deref().or(Some("info"))),
+            ("log-format", self.log_format.as_deref().or(Some("text"))),
+            ("worker-class", self.worker_class.as_deref()),
+        ];
+        settings.iter().filter_map(|(key, value)| value.map(|value| format!("{key} = {}\n", quoted(value)))).collect()
+    }
+
+    /// What the options say about every request's environ.
+    fn environ(&self) -> Result<BTreeMap<&'static str, String>, Usage> {
+        let scheme = self.url_scheme.as_deref();
+        if let Some(other) = scheme.filter(|scheme| !["http", "https"].contains(scheme)) {
+            return Err(Usage(format!("--url-scheme {other}: try http or https")));
+        }
+        let said =
+            [("SCRIPT_NAME", self.script_name.as_deref()), ("wsgi.url_scheme", scheme), ("SERVER_NAME", self.server_name.as_deref())];
+        Ok(said.into_iter().filter_map(|(key, value)| value.map(|value| (key, value.to_owned()))).collect())
     }
 
     /// What the options mean. `port` is the environment's PORT.
@@ -395,8 +475,14 @@ impl Options {
     /// [`Usage`], for the first that means nothing.
     pub fn config(&self, port: Option<&str>) -> Result<Config, Usage> {
         let mut config = Config::default();
-        if !self.bind.is_empty() {
-            config.bind = self.bind.iter().map(|text| Bind::from_text(text)).collect();
+        let waitress = (self.host.is_some() || self.port.is_some()).then(|| {
+            let host = self.host.as_deref().unwrap_or("0.0.0.0");
+            let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.to_owned() };
+            format!("{host}:{}", self.port.unwrap_or(8080))
+        });
+        let binds: Vec<Bind> = self.bind.iter().chain(&waitress).map(|text| bind(text)).collect();
+        if !binds.is_empty() {
+            config.bind = binds;
         } else if let Some(port) = port {
             let port: u16 = port.parse().map_err(|_| Usage(format!("PORT={port} is no port number")))?;
             config.bind = vec![Bind::Tcp(format!("0.0.0.0:{port}"))];
@@ -438,10 +524,22 @@ impl Options {
         };
         let allowed = self.proxy_allow_from.as_deref().map(|list| networks("proxy-allow-from", list)).transpose()?;
         config.proxy_protocol = match self.proxy_protocol.as_deref() {
-            None | Some("off") => None,
-            Some("on") => Some(allowed.unwrap_or_else(Networks::loopback)),
+            None | Some("off" | "false") => None,
+            // Both versions are always understood.
+            Some("on" | "true" | "auto" | "v1" | "v2") => Some(allowed.unwrap_or_else(Networks::loopback)),
             Some(other) => return Err(Usage(format!("--proxy-protocol {other}: try on or off"))),
         };
+        config.pid_file.clone_from(&self.pid);
+        config.user.clone_from(&self.user);
+        config.group.clone_from(&self.group);
+        config.umask = self.umask.as_deref().map(umask).transpose()?;
+        config.unix_socket_mode = self.unix_socket_perms.as_deref().map(unix_socket_perms).transpose()?;
+        if let Some(text) = &self.server_header {
+            if text.chars().any(|letter| !(' '..='~').contains(&letter)) {
+                return Err(Usage(format!("--server-header {text:?}: try ASCII letters, digits and spaces")));
+            }
+            config.server_name = Some(text.clone()).filter(|text| !text.is_empty());
+        }
         set(&mut config.handlers, self.handlers);
         set(&mut config.backlog, self.backlog);
         let limits = &mut config.limits;
@@ -450,7 +548,18 @@ impl Options {
         set(&mut limits.request_line_bytes_max, self.limit_request_line);
         set(&mut limits.fields_max, self.limit_request_fields);
         set(&mut limits.field_bytes_max, self.limit_request_field_size);
+        // Who allows a longer part wants the head to hold it.
+        let usual = Limits::default();
+        if limits.request_line_bytes_max > usual.request_line_bytes_max || limits.field_bytes_max > usual.field_bytes_max {
+            let needed = limits.request_line_bytes_max.saturating_add(limits.field_bytes_max).saturating_add(HEAD_REST_BYTES);
+            limits.head_bytes_max = needed.clamp(usual.head_bytes_max, HEAD_BYTES_CEILING);
+        }
         set(&mut limits.head_bytes_max, self.limit_head);
+        for part in [&mut limits.request_line_bytes_max, &mut limits.field_bytes_max] {
+            if *part == 0 {
+                *part = limits.head_bytes_max;
+            }
+        }
         set(&mut limits.body_bytes_max, self.limit_body);
         set(&mut limits.keep_alive_requests_max, self.keep_alive_requests);
         set(&mut limits.body_memory_bytes_max, self.body_memory);
@@ -463,7 +572,8 @@ impl Options {
         set(&mut config.spool_directory, self.spool_dir.clone().or(temporary));
         let timeouts = &mut config.timeouts;
         let seconds = |option: Option<Seconds>| option.map(|seconds| seconds.0);
-        set(&mut timeouts.run, seconds(self.timeout));
+        // A year, for no limit: nobody waits as long.
+        set(&mut timeouts.run, seconds(self.timeout).map(|limit| if limit.is_zero() { Duration::from_secs(31_536_000) } else { limit }));
         set(&mut timeouts.queue, seconds(self.queue_timeout));
         set(&mut timeouts.head, seconds(self.head_timeout));
         set(&mut timeouts.body_idle, seconds(self.body_timeout));
@@ -477,8 +587,40 @@ impl Options {
     }
 }
 
+/// What `--bind` means, in gunicorn's and waitress's forms, too: `tcp://host:port`, `*:port`.
+fn bind(text: &str) -> Bind {
+    let text = text.trim().trim_start_matches("tcp://");
+    match text.strip_prefix('*') {
+        Some(port) if port.is_empty() || port.starts_with(':') => Bind::from_text(&format!("0.0.0.0{port}")),
+        _ => Bind::from_text(text),
+    }
+}
+
+/// gunicorn's own classes by their short names.
+fn class_name(class: &str) -> &str {
+    match class {
+        "gunicorn.workers.sync.SyncWorker" => "sync",
+        "gunicorn.workers.gthread.ThreadWorker" => "gthread",
+        "gunicorn.workers.ggevent.GeventWorker" => "gevent",
+        other => other,
+    }
+}
+
+/// As gunicorn reads it: a leading 0 makes it octal.
+fn umask(text: &str) -> Result<u32, Usage> {
+    let octal = text.strip_prefix("0o").or_else(|| text.strip_prefix('0').filter(|rest| !rest.is_empty()));
+    let mask = octal.map_or_else(|| text.parse(), |digits| u32::from_str_radix(digits, 8)).ok().filter(|mask| *mask <= 0o777);
+    mask.ok_or_else(|| Usage(format!("--umask {text}: try 022, which is octal")))
+}
+
+/// As waitress reads it: octal.
+fn unix_socket_perms(text: &str) -> Result<u32, Usage> {
+    let mode = u32::from_str_radix(text.trim_start_matches("0o"), 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| Usage(format!("--unix-socket-perms {text}: try 660, which is octal")))
+}
+
 /// gunicorn's name for it.
-fn forwarded_allow_ips() -> Option<String> {
+pub fn forwarded_allow_ips() -> Option<String> {
     std::env::var("FORWARDED_ALLOW_IPS").ok()
 }
 
@@ -548,11 +690,70 @@ mod tests {
     }
 
     #[test]
+    fn zero_means_no_limit_where_gunicorn_has_it_so() {
+        let config = parse("--timeout 0 --limit-request-line 0 --limit-request-field-size 0").config(None).expect("valid");
+        assert!(config.timeouts.run > Duration::from_secs(10_000_000));
+        let limits = config.limits;
+        assert_eq!((limits.request_line_bytes_max, limits.field_bytes_max), (limits.head_bytes_max, limits.head_bytes_max));
+    }
+
+    #[test]
+    fn a_longer_part_makes_room_in_the_head_unless_the_head_has_its_own_limit() {
+        let head = |words: &str| parse(words).config(None).expect("valid").limits.head_bytes_max;
+        assert_eq!(head("--limit-request-line 4094 --limit-request-field-size 8190"), 16 << 10);
+        assert_eq!(head("--limit-request-field-size 65536"), (64 << 10) + (8 << 10) + (4 << 10));
+        assert_eq!(head("--limit-request-field-size 65536 --limit-head 20000"), 20_000);
+        assert_eq!(head("--limit-request-line 99999999"), HEAD_BYTES_CEILING);
+    }
+
+    #[test]
+    fn addresses_are_written_as_gunicorn_and_waitress_have_them() {
+        let binds = |words: &str| parse(words).config(None).expect("valid").bind.iter().map(Bind::to_string).collect::<Vec<_>>();
+        assert_eq!(binds("--listen *:8080 -b tcp://127.0.0.1:1 -b *"), ["0.0.0.0:8080", "127.0.0.1:1", "0.0.0.0:8000"]);
+        assert_eq!(binds("--port 1"), ["0.0.0.0:1"]);
+        assert_eq!(binds("--host ::1"), ["[::1]:8080"]);
+        assert_eq!(binds("--host a --port 2 -b unix:/x"), ["unix:/x", "a:2"]);
+    }
+
+    #[test]
+    fn masks_and_modes_are_octal_as_their_programs_read_them() {
+        let of = |words: &str| parse(words).config(None).map(|config| (config.umask, config.unix_socket_mode));
+        assert_eq!(of("-m 022"), Ok((Some(0o22), None)));
+        assert_eq!(of("--umask 0o7 --unix-socket-perms 660"), Ok((Some(7), Some(0o660))));
+        assert_eq!(of("--umask 18"), Ok((Some(0o22), None)));
+        assert_eq!(of("--umask 0"), Ok((Some(0), None)));
+        for bad in ["--umask 09", "--umask x", "--umask 01777", "--unix-socket-perms 8", "--unix-socket-perms 10000"] {
+            assert!(of(bad).is_err_and(|usage| usage.0.contains("try ")), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_server_field_is_what_was_said() {
+        let name = |words: &str| parse(words).config(None).map(|config| config.server_name);
+        assert_eq!(name(""), Ok(Some("uringd".to_owned())));
+        assert_eq!(name("--server-header=me/1"), Ok(Some("me/1".to_owned())));
+        assert_eq!(name("--server-header="), Ok(None));
+        assert!(name("--server-header=a\u{e9}").is_err());
+    }
+
+    #[test]
+    fn an_application_may_be_mounted_called_and_reached_by_https() {
+        let app = parse("--script-name /a --url-scheme https --call").python_app("a:b", None).expect("valid");
+        assert_eq!((app.environ["SCRIPT_NAME"].as_str(), app.environ["wsgi.url_scheme"].as_str()), ("/a", "https"));
+        assert_eq!(app.app, "a:b()");
+        assert_eq!(parse("--call").python_app("a:b()", None).expect("valid").app, "a:b()");
+        assert!(parse("--url-scheme gopher").python_app("a:b", None).is_err());
+    }
+
+    #[test]
     fn proxies_are_trusted_by_address_and_network() {
         let config = parse("--forwarded-allow-ips 10.0.0.0/8 --forwarded-hops 2 --proxy-protocol on").config(None).expect("valid");
         assert_eq!((config.forwarded.proxies.to_string(), config.forwarded.hops), ("10.0.0.0/8".to_owned(), 2));
         assert_eq!(config.proxy_protocol, Some(Networks::loopback()));
         assert_eq!(parse("--proxy-allow-from *").config(None).expect("valid").proxy_protocol, None);
+        for on in ["--proxy-protocol", "--proxy-protocol=v1", "--proxy-protocol auto"] {
+            assert!(parse(on).config(None).expect("valid").proxy_protocol.is_some(), "{on}");
+        }
         for bad in ["--forwarded-allow-ips x", "--proxy-allow-from 1.2.3.4/40", "--proxy-protocol maybe", "--forwarded-fields both"] {
             assert!(parse(bad).config(None).is_err(), "{bad}");
         }
@@ -579,12 +780,15 @@ mod tests {
     #[test]
     fn targets_are_told_apart_by_their_form() {
         assert_eq!(Target::from_text("builtin:hello"), Ok(Target::Builtin(Builtin::Hello)));
-        for app in ["app:application", "site.wsgi:make(\"a/b\")", "a:b.c"] {
+        for app in ["app:application", "site.wsgi:make(\"a/b\")", "a:b.c", "mysite.wsgi", "word"] {
             assert_eq!(Target::from_text(app), Ok(Target::Python(app.to_owned())));
         }
         assert_eq!(Target::from_text("./public"), Ok(Target::Unsupported("a directory of static files")));
         assert_eq!(Target::from_text("http://127.0.0.1:1"), Ok(Target::Unsupported("a reverse proxy")));
-        assert!(Target::from_text("builtin:nothing").is_err() && Target::from_text("word").is_err());
+        assert_eq!(Target::from_text("src"), Ok(Target::Unsupported("a directory of static files")), "it is one here");
+        assert!(
+            Target::from_text("builtin:nothing").is_err() && Target::from_text("two words").is_err() && Target::from_text("a.").is_err()
+        );
     }
 
     #[test]
@@ -595,7 +799,7 @@ mod tests {
         assert_eq!((app.workers, app.threads, app.preload, app.max_requests), (Some(3), 4, true, 9));
         assert_eq!((app.env["A"].as_str(), app.env["D"].as_str(), app.pythonpath), ("b=c", "", vec!["x".to_owned(), "y".to_owned()]));
         assert_eq!(parse("").python_app("a:b", Some("7")).expect("valid").workers, Some(7));
-        for bad in ["-w 0", "--threads 0", "--threads 65", "-k gevent", "--interface asgi", "-e A"] {
+        for bad in ["-w 0", "--threads 0", "--threads 65", "-k tornado", "--interface asgi", "-e A"] {
             assert!(parse(bad).python_app("a:b", None).is_err(), "{bad}");
         }
         assert!(parse("").python_app("a:b", Some("many")).is_err());

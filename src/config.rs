@@ -36,6 +36,16 @@ pub struct Config {
     pub proxy_protocol: Option<Networks>,
     /// Requests that malformed-request rules let pass; see [`Permit`].
     pub permit: Permit,
+    /// Whom the process runs as once its sockets listen: a name or a number. Unchanged when not set.
+    pub user: Option<String>,
+    /// The group; that of `user` when not set.
+    pub group: Option<String>,
+    /// What umask(2) is given.
+    pub umask: Option<u32>,
+    /// Permissions of unix sockets; what the umask leaves when not set.
+    pub unix_socket_mode: Option<u32>,
+    /// Has the process's id once it serves.
+    pub pid_file: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -54,6 +64,11 @@ impl Default for Config {
             forwarded: Trust::default(),
             proxy_protocol: None,
             permit: Permit::default(),
+            user: None,
+            group: None,
+            umask: None,
+            unix_socket_mode: None,
+            pid_file: None,
         }
     }
 }
@@ -290,7 +305,7 @@ const EXCHANGE_BYTES: u64 = 1 << 10;
 const STREAM_BYTES: u64 = 1 << 20;
 
 /// A head larger than this is nobody's: it is read into memory whole.
-const HEAD_BYTES_CEILING: usize = 1 << 20;
+pub(crate) const HEAD_BYTES_CEILING: usize = 1 << 20;
 
 /// As keys and values of the configuration file.
 impl fmt::Display for Config {
@@ -305,6 +320,20 @@ impl fmt::Display for Config {
         }
         writeln!(f, "backend = \"{}\"", format!("{:?}", self.backend).to_lowercase())?;
         writeln!(f, "backlog = {}", self.backlog)?;
+        for (key, text) in [("user", &self.user), ("group", &self.group)] {
+            if let Some(text) = text {
+                writeln!(f, "{key} = {}", quoted(text))?;
+            }
+        }
+        for (key, mode) in [("umask", self.umask), ("unix-socket-perms", self.unix_socket_mode)] {
+            if let Some(mode) = mode {
+                writeln!(f, "{key} = \"0{mode:o}\"")?;
+            }
+        }
+        if let Some(path) = &self.pid_file {
+            writeln!(f, "pid = {}", quoted(&path.to_string_lossy()))?;
+        }
+        writeln!(f, "server-header = {}", quoted(self.server_name.as_deref().unwrap_or("")))?;
         for (key, time) in [
             ("timeout", timeouts.run),
             ("queue-timeout", timeouts.queue),
@@ -361,6 +390,11 @@ impl fmt::Display for Config {
         let permits: Vec<String> = permits.iter().filter(|rule| rule.1).map(|rule| format!("\"{}\"", rule.0)).collect();
         writeln!(f, "permit = [{}]", permits.join(", "))
     }
+}
+
+/// A text as TOML and JSON have it.
+pub(crate) fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
 }
 
 impl fmt::Display for Bind {

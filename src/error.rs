@@ -25,6 +25,12 @@ pub enum Error {
     Interpreter { path: PathBuf, source: io::Error },
     /// The Python application could not be loaded; and what Python told about it, a traceback for the most part.
     Application { name: String, told: String },
+    /// gunicorn's configuration file could not be evaluated; and what Python told about it.
+    Settings { place: String, told: String },
+    /// The process could not become another user's.
+    Owner { who: String, source: io::Error },
+    /// The file for the process id could not be had.
+    PidFile { path: PathBuf, source: io::Error },
     /// It was told to stop before it served.
     Stopped,
     /// The drain limit was over before every request was answered.
@@ -59,9 +65,22 @@ impl fmt::Display for Error {
                 write!(f, "cannot run the Python interpreter {}: {source}; try: --python with the path of one", path.display())
             }
             Error::Application { name, told } => {
-                let (said, hint) = split_hint(told);
-                let last = said.trim_end().lines().next_back().unwrap_or("").trim();
+                let (last, hint) = summary(told);
                 write!(f, "cannot load the application {name} ({last}); try: {hint}")
+            }
+            Error::Settings { place, told } => {
+                let (last, hint) = summary(told);
+                write!(f, "cannot read the settings of {place} ({last}); try: {hint}")
+            }
+            Error::Owner { who, source } => {
+                write!(f, "cannot run as {who}: {source}; try: a user and group that exist (getent passwd), with uringd started by root")
+            }
+            Error::PidFile { path, source } => {
+                let remedy = match source.kind() {
+                    io::ErrorKind::AlreadyExists => "stop that one, or another --pid",
+                    _ => "--pid with a path that this user may write to",
+                };
+                write!(f, "cannot use {} for the process id: {source}; try: {remedy}", path.display())
             }
             Error::Stopped => write!(f, "stopped before it was ready to serve; try: again, when nothing stops it"),
             Error::DrainLimit { lost } => {
@@ -74,16 +93,40 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::Bind { source, .. } | Error::Interpreter { source, .. } | Error::Start { source, .. } | Error::Driver(source) => {
-                Some(source)
-            }
+            Error::Bind { source, .. }
+            | Error::Interpreter { source, .. }
+            | Error::Start { source, .. }
+            | Error::Owner { source, .. }
+            | Error::PidFile { source, .. }
+            | Error::Driver(source) => Some(source),
             Error::NoUring(why) => Some(why),
-            Error::Cores { .. } | Error::Mask(_) | Error::Application { .. } | Error::Stopped | Error::DrainLimit { .. } => None,
+            Error::Cores { .. }
+            | Error::Mask(_)
+            | Error::Application { .. }
+            | Error::Settings { .. }
+            | Error::Stopped
+            | Error::DrainLimit { .. } => None,
         }
     }
 }
 
+impl Error {
+    /// What Python told before, as it shows it: to be printed above the line that this error is.
+    pub fn told(&self) -> Option<&str> {
+        match self {
+            Error::Application { told, .. } | Error::Settings { told, .. } => Some(split_hint(told).0),
+            _ => None,
+        }
+    }
+}
+
+/// The last line of what Python told, and what to try.
+fn summary(told: &str) -> (&str, &str) {
+    let (said, hint) = split_hint(told);
+    (said.trim_end().lines().next_back().unwrap_or("").trim(), hint)
+}
+
 /// What Python told about an application that could not be loaded, and what to try: its last line, when that is a hint.
-pub fn split_hint(told: &str) -> (&str, &str) {
+fn split_hint(told: &str) -> (&str, &str) {
     told.rsplit_once("hint: ").map_or((told, "python3 -c 'import MODULE' in the same directory"), |(said, hint)| (said, hint.trim()))
 }

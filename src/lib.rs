@@ -37,6 +37,8 @@
 //! 8. `http1/response.rs` writes the head, the engine makes one send per connection and turn.
 //! 9. Sent, the slot is back in `Head`; or the connection ends, politely (`slot.rs` draws it).
 //!
+//! Before the first request, `sources.rs` gathers the settings, gunicorn's and waitress's (`compat/`) among them.
+//!
 //! Bodies larger than memory should hold go through unlinked files on threads of their own (`disk.rs`,
 //! `shard/engine/bodies.rs`).
 //!
@@ -79,6 +81,7 @@
 
 pub mod builtin;
 pub mod cli;
+pub mod compat;
 pub mod config;
 pub mod disk;
 pub mod doctor;
@@ -94,6 +97,7 @@ pub mod proxy_protocol;
 pub mod python;
 pub mod server;
 pub mod shard;
+pub mod sources;
 pub mod stats;
 pub mod stream;
 

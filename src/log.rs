@@ -18,7 +18,7 @@ const LINES_WAITING_MAX: usize = 16_384;
 /// # Errors
 /// [`Usage`], when a level or format is unknown.
 pub fn start(level: Option<&str>, format: Option<&str>) -> Result<WorkerGuard, Usage> {
-    let level: Level = match level.unwrap_or("info") {
+    let level: Level = match level.unwrap_or("info").to_ascii_lowercase().as_str() {
         // gunicorn's names.
         "warning" => Level::WARN,
         "critical" => Level::ERROR,

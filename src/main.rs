@@ -1,24 +1,25 @@
 //! The program: options to configuration to server. Exit statuses: 0 drained, 1 could not start, 2
 //! usage, 3 requests lost at the drain limit.
 
-use std::{fs, path::Path, process::ExitCode};
+use std::process::ExitCode;
 
-use clap::Parser;
 use uringd::{
     Config, Server,
-    cli::{Options, Target, Usage},
+    cli::{Target, Usage},
     config::MEMORY_BASE_BYTES,
     doctor,
-    error::{Error, split_hint},
+    error::Error,
+    sources::{Misread, Sources, keys_and_values},
 };
 
-const CONFIG_FILE: &str = "uringd.toml";
-
 fn main() -> ExitCode {
-    let options = match Options::parse().with_file() {
-        Ok(options) => options,
-        Err(usage) => return fail(&usage, 1),
+    let sources = match Sources::read(std::env::args_os()) {
+        Ok(sources) => sources,
+        Err(Misread::CommandLine(error)) => error.exit(),
+        Err(Misread::Elsewhere(usage)) => return fail(&usage, 1),
+        Err(Misread::File(error)) => return fail_to_start(&error),
     };
+    let options = &sources.options;
     // Kept until the end: dropping it writes what is still in the log's queue.
     let _log = match uringd::log::start(options.log_level.as_deref(), options.log_format.as_deref()) {
         Ok(guard) => guard,
@@ -30,18 +31,12 @@ fn main() -> ExitCode {
             Err(usage) => fail(&usage, 2),
         };
     }
-    match serve(&options) {
+    match serve(&sources) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(usage)) => fail(&usage, 2),
         Err(Failure::Target(usage)) => fail(&usage, 1),
         Err(Failure::Server(error @ Error::DrainLimit { .. })) => fail(&error, 3),
-        Err(Failure::Server(error)) => {
-            if let Error::Application { told, .. } = &error {
-                // As Python shows it; what it ends with is what to try, and stands in our own line.
-                eprint!("{}", split_hint(told).0);
-            }
-            fail(&error, 1)
-        }
+        Err(Failure::Server(error)) => fail_to_start(&error),
     }
 }
 
@@ -51,13 +46,26 @@ enum Failure {
     Server(Error),
 }
 
-fn serve(options: &Options) -> Result<(), Failure> {
+fn serve(sources: &Sources) -> Result<(), Failure> {
+    let options = &sources.options;
     let config = options.config(std::env::var("PORT").ok().as_deref()).map_err(Failure::Usage)?;
+    if options.target.is_none() && sources.says("paste") {
+        let text = "--paste: ini files are not read; try: a module as the target, with application = paste.deploy.loadapp('config:FILE')";
+        return Err(Failure::Target(Usage(text.to_owned())));
+    }
     let text = options.target.as_deref().unwrap_or("builtin:welcome");
+    let mut effective = format!("target = \"{text}\"\n{config}{}", options.rest());
     let concurrency = std::env::var("WEB_CONCURRENCY").ok();
-    let server = match Target::from_text(text).map_err(Failure::Target)? {
-        Target::Builtin(builtin) => Server::with_handler(builtin).target(builtin.name()),
-        Target::Python(app) => Server::with_python(options.python_app(&app, concurrency.as_deref()).map_err(Failure::Usage)?),
+    let (server, app) = match Target::from_text(text).map_err(Failure::Target)? {
+        Target::Builtin(builtin) => (Server::with_handler(builtin).target(builtin.name()), None),
+        Target::Python(app) => {
+            let mut app = options.python_app(&app, concurrency.as_deref()).map_err(Failure::Usage)?;
+            effective += &app.to_string();
+            app.config.clone_from(&sources.gunicorn);
+            app.has_worker_abort = sources.says("worker_abort");
+            app.settings = sources.settings(&keys_and_values(&effective));
+            (Server::with_python(app.clone()), Some(app))
+        }
         Target::Unsupported(what) => {
             return Err(Failure::Target(Usage(format!(
                 "{text} looks like {what}, which this version cannot serve yet; try: builtin:welcome"
@@ -65,9 +73,15 @@ fn serve(options: &Options) -> Result<(), Failure> {
         }
     };
     if options.check {
-        print!("target = \"{text}\"\n{config}\n{}", memory(&config));
+        print!("{effective}\n{}{}", memory(&config), sources.report(&keys_and_values(&effective)));
+        if let Some(app) = app {
+            let about = app.check().map_err(Failure::Server)?;
+            let interface = about.interface.as_deref().unwrap_or("wsgi");
+            println!("# the application {} loads: {interface}, Python {} ({})", app.app, about.python, about.implementation);
+        }
         return Ok(());
     }
+    sources.complaints().iter().for_each(|line| tracing::warn!("{line}"));
     server.config(config).run().map_err(Failure::Server)
 }
 
@@ -92,26 +106,13 @@ fn examine(config: &Config) -> ExitCode {
     ExitCode::from(u8::from(report.has_problem()))
 }
 
+/// First what Python told, as it shows it; then our own line.
+fn fail_to_start(error: &Error) -> ExitCode {
+    eprint!("{}", error.told().unwrap_or_default());
+    fail(error, 1)
+}
+
 fn fail(error: &dyn std::error::Error, status: u8) -> ExitCode {
     eprintln!("uringd: {error}");
     ExitCode::from(status)
-}
-
-trait WithFile: Sized {
-    fn with_file(self) -> Result<Self, Usage>;
-}
-
-impl WithFile for Options {
-    /// Adds what the configuration file says.
-    fn with_file(self) -> Result<Options, Usage> {
-        let path = match &self.config {
-            Some(path) => path.clone(),
-            None if Path::new(CONFIG_FILE).exists() => CONFIG_FILE.into(),
-            None => return Ok(self),
-        };
-        let text =
-            fs::read_to_string(&path).map_err(|error| Usage(format!("cannot read {}: {error}; try: --config FILE", path.display())))?;
-        let file = toml::from_str(&text).map_err(|error| Usage(format!("{}: {error}", path.display())))?;
-        Ok(self.over(file))
-    }
 }

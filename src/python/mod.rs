@@ -15,7 +15,8 @@
 //! when it had served anybody; one that never did is replaced after 0.1 s, then 0.2 s, up to 10 s, so that a crash loop costs
 //! neither the machine nor the server.
 //!
-//! A worker that must go is asked first: SIGUSR1 (it writes where each thread is), then SIGTERM, then SIGKILL.
+//! A worker that must go is asked first: SIGUSR1 (it writes where each thread is), then SIGTERM, then SIGKILL. SIGABRT instead
+//! of SIGTERM, when a hook waits for it.
 
 pub mod courier;
 pub mod frames;
@@ -23,7 +24,7 @@ pub mod zygote;
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fmt, fs, io,
     os::{fd::AsFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     sync::{
@@ -48,7 +49,7 @@ use self::{
     zygote::{About, Channel, News, Zygote},
 };
 use crate::{
-    config::Config,
+    config::{Config, quoted},
     error::{Error, Result},
     pool::{Clock, Pools},
     shard::{Control, engine::Life},
@@ -95,6 +96,14 @@ pub struct PythonApp {
     pub max_age: Option<Duration>,
     /// `wsgi`, when the application's own looks would say something else.
     pub interface: Option<String>,
+    /// Of every request's environ, what is not as usual: `SCRIPT_NAME`, `SERVER_NAME`, `wsgi.url_scheme`.
+    pub environ: BTreeMap<&'static str, String>,
+    /// A gunicorn.conf.py whose hooks are called: its path, or `python:MODULE`.
+    pub config: Option<String>,
+    /// It has a hook `worker_abort`, for workers whose request has run too long.
+    pub has_worker_abort: bool,
+    /// gunicorn's settings, as its hooks are shown them.
+    pub settings: serde_json::Map<String, serde_json::Value>,
 }
 
 impl PythonApp {
@@ -114,7 +123,57 @@ impl PythonApp {
             max_rss: None,
             max_age: None,
             interface: None,
+            environ: BTreeMap::new(),
+            config: None,
+            has_worker_abort: false,
+            settings: serde_json::Map::new(),
         }
+    }
+
+    /// Loads it as the zygote would for `--preload`, and lets go of it.
+    ///
+    /// # Errors
+    /// [`Error::Application`] or [`Error::Interpreter`].
+    pub fn check(&self) -> Result<About> {
+        let interpreter = |source| Error::Interpreter { path: self.interpreter.clone(), source };
+        let failed = |told: String| Err(Error::Application { name: self.app.clone(), told });
+        let zygote = Zygote::check(self, &base(self, &[])).map_err(interpreter)?;
+        let news = zygote.news().map_err(interpreter);
+        zygote.end();
+        match news? {
+            Some(News::Ready(about)) => about.check().map_or_else(failed, |()| Ok(about)),
+            Some(News::Failed(told)) => failed(told),
+            _ => failed("The Python interpreter ended by itself.".to_owned()),
+        }
+    }
+}
+
+/// As keys and values of the configuration file.
+impl fmt::Display for PythonApp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list =
+            |texts: &mut dyn Iterator<Item = String>| format!("[{}]", texts.map(|text| quoted(&text)).collect::<Vec<_>>().join(", "));
+        if let Some(workers) = self.workers {
+            writeln!(f, "workers = {workers}")?;
+        }
+        writeln!(f, "threads = {}", self.threads)?;
+        writeln!(f, "python = {}", quoted(&self.interpreter.to_string_lossy()))?;
+        if let Some(path) = &self.chdir {
+            writeln!(f, "chdir = {}", quoted(&path.to_string_lossy()))?;
+        }
+        writeln!(f, "pythonpath = {}", quoted(&self.pythonpath.join(",")))?;
+        writeln!(f, "env = {}", list(&mut self.env.iter().map(|(name, value)| format!("{name}={value}"))))?;
+        writeln!(f, "preload = {}", self.preload)?;
+        writeln!(f, "max-requests = {}", self.max_requests)?;
+        writeln!(f, "max-requests-jitter = {}", self.max_requests_jitter)?;
+        writeln!(f, "max-rss = {}", self.max_rss.unwrap_or(0))?;
+        writeln!(f, "max-age = {}", self.max_age.unwrap_or_default().as_secs_f64())?;
+        for (option, key) in [("script-name", "SCRIPT_NAME"), ("url-scheme", "wsgi.url_scheme"), ("server-name", "SERVER_NAME")] {
+            if let Some(value) = self.environ.get(key) {
+                writeln!(f, "{option} = {}", quoted(value))?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -178,8 +237,8 @@ impl Workers {
         });
         let count = app.workers.unwrap_or(cpus.len());
         let name = app.app.clone();
-        let base = base(addresses);
-        let zygote = Zygote::start(&app, &base).map_err(|source| Error::Interpreter { path: app.interpreter.clone(), source })?;
+        let base = base(&app, addresses);
+        let zygote = Zygote::start(&app, &base, count).map_err(|source| Error::Interpreter { path: app.interpreter.clone(), source })?;
         let mut supervisor = Supervisor {
             app,
             base,
@@ -257,18 +316,20 @@ fn monotonic() -> f64 {
 }
 
 /// The part of the environ that is the same for every request.
-fn base(addresses: &[String]) -> BTreeMap<&'static str, String> {
+fn base(app: &PythonApp, addresses: &[String]) -> BTreeMap<&'static str, String> {
     let tcp = addresses.iter().find_map(|address| address.strip_prefix("http://")).and_then(|address| address.rsplit_once(':'));
     // PEP 3333: neither may be empty; behind a unix socket nobody knows better than this.
     let (name, port) = tcp.unwrap_or(("localhost", "80"));
     let name = name.trim_start_matches('[').trim_end_matches(']');
-    BTreeMap::from([
+    let mut base = BTreeMap::from([
         ("SCRIPT_NAME", String::new()),
         ("SERVER_NAME", name.to_owned()),
         ("SERVER_PORT", port.to_owned()),
         ("SERVER_SOFTWARE", concat!("uringd/", env!("CARGO_PKG_VERSION")).to_owned()),
         ("wsgi.url_scheme", "http".to_owned()),
-    ])
+    ]);
+    base.extend(app.environ.clone());
+    base
 }
 
 /// What keeps the number of workers what it should be.
@@ -429,7 +490,7 @@ impl Supervisor {
             }
         }
         for worker in overdue {
-            self.terminate(&worker, now);
+            self.terminate(&worker, Signal::TERM, now);
         }
     }
 
@@ -643,7 +704,8 @@ impl Supervisor {
                 self.lose(&worker);
                 let now = Instant::now();
                 send_signal(&worker, Signal::USR1);
-                self.terminate(&worker, now + TRACEBACK_WAIT);
+                let first = if self.app.has_worker_abort { Signal::ABORT } else { Signal::TERM };
+                self.terminate(&worker, first, now + TRACEBACK_WAIT);
             }
             Report::Used { worker } => {
                 let slot = &mut self.slots[worker.slot];
@@ -651,6 +713,7 @@ impl Supervisor {
             }
             Report::Change(more) if more > 0 => {
                 self.add_slot();
+                self.say_workers();
                 tracing::info!(workers = self.open_slots(), "one worker more");
             }
             Report::Change(_) => self.remove_slot(),
@@ -658,13 +721,18 @@ impl Supervisor {
         }
     }
 
-    fn terminate(&mut self, worker: &Arc<Worker>, at: Instant) {
-        self.signals.push((at, worker.clone(), Signal::TERM));
+    fn terminate(&mut self, worker: &Arc<Worker>, first: Signal, at: Instant) {
+        self.signals.push((at, worker.clone(), first));
         self.signals.push((at + KILL_WAIT, worker.clone(), Signal::KILL));
     }
 
     fn open_slots(&self) -> usize {
         self.slots.iter().filter(|slot| !slot.closed).count()
+    }
+
+    /// For the hook `nworkers_changed`.
+    fn say_workers(&self) {
+        self.zygote.iter().for_each(|zygote| zygote.say_workers(self.open_slots()));
     }
 
     fn add_slot(&mut self) {
@@ -707,11 +775,12 @@ impl Supervisor {
             // Its channels close, so it ends by itself.
             self.retired.push((self.pending.swap_remove(at).worker, None));
         }
+        self.say_workers();
         tracing::info!(workers = self.open_slots(), "one worker less");
     }
 
     fn start_zygote(&mut self) {
-        match Zygote::start(&self.app, &self.base) {
+        match Zygote::start(&self.app, &self.base, self.open_slots()) {
             Ok(zygote) => self.zygote = Some(zygote),
             Err(error) => self.zygote_lost(&format!("{error}.")),
         }
@@ -792,12 +861,20 @@ mod tests {
     #[test]
     fn the_base_names_the_address_that_is_listened_on() {
         let of = |address: &str| {
-            let base = base(&[address.to_owned()]);
+            let base = base(&PythonApp::new("a:b"), &[address.to_owned()]);
             (base["SERVER_NAME"].clone(), base["SERVER_PORT"].clone())
         };
         assert_eq!(of("http://127.0.0.1:8000"), ("127.0.0.1".to_owned(), "8000".to_owned()));
         assert_eq!(of("http://[::1]:80"), ("::1".to_owned(), "80".to_owned()));
         assert_eq!(of("unix:/run/app"), ("localhost".to_owned(), "80".to_owned()));
+    }
+
+    #[test]
+    fn the_base_is_what_the_options_say_it_is() {
+        let mut app = PythonApp::new("a:b");
+        app.environ.insert("wsgi.url_scheme", "https".to_owned());
+        let base = base(&app, &[]);
+        assert_eq!((base["wsgi.url_scheme"].as_str(), base["SERVER_NAME"].as_str()), ("https", "localhost"));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{fs::FileExt, net::UnixStream, process::CommandExt},
     },
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -27,6 +28,7 @@ use rustix::{
     },
 };
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::PythonApp;
 
@@ -100,6 +102,14 @@ pub struct About {
     pub warning: Option<String>,
 }
 
+/// What the program says of a gunicorn.conf.py.
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Evaluated {
+    Settings(Map<String, Value>),
+    Failed(String),
+}
+
 #[derive(Serialize)]
 struct Start<'a> {
     app: &'a str,
@@ -111,6 +121,11 @@ struct Start<'a> {
     base: &'a BTreeMap<&'static str, String>,
     interface: Option<&'a str>,
     graceful_timeout: u64,
+    config: Option<&'a str>,
+    settings: &'a Map<String, Value>,
+    workers: usize,
+    /// Nothing is forked and no hook is called.
+    check: bool,
 }
 
 pub struct Zygote {
@@ -119,32 +134,83 @@ pub struct Zygote {
 }
 
 impl Zygote {
-    /// Starts the interpreter and tells it about the application. What comes of it arrives as [`News`].
+    /// Starts the interpreter and tells it about the application, of which there will be so many workers. What comes of it
+    /// arrives as [`News`].
     ///
     /// # Errors
     /// Those of socketpair(2), memfd_create(2) and execve(2).
-    pub fn start(app: &PythonApp, base: &BTreeMap<&'static str, String>) -> io::Result<Zygote> {
+    pub fn start(app: &PythonApp, base: &BTreeMap<&'static str, String>, workers: usize) -> io::Result<Zygote> {
+        let zygote = Zygote::spawn(&app.interpreter, true)?;
+        zygote.begin(app, base, workers, false)?;
+        Ok(zygote)
+    }
+
+    /// Starts the interpreter to load the application, whatever `preload` says, and for nothing else.
+    ///
+    /// # Errors
+    /// As [`Zygote::start`].
+    pub fn check(app: &PythonApp, base: &BTreeMap<&'static str, String>) -> io::Result<Zygote> {
+        // It hears Ctrl-C: nobody else would end it.
+        let zygote = Zygote::spawn(&app.interpreter, false)?;
+        zygote.begin(app, base, 0, true)?;
+        Ok(zygote)
+    }
+
+    /// Has a gunicorn.conf.py evaluated, a path or `python:MODULE`: those of the names that it sets, and their values. What
+    /// is not plain data is an object whose only key is `type`.
+    ///
+    /// # Errors
+    /// As [`Zygote::start`]; within, what Python told when it failed.
+    pub fn settings(interpreter: &Path, config: &str, names: &[&str]) -> io::Result<Result<Map<String, Value>, String>> {
+        let mut zygote = Zygote::spawn(interpreter, false)?;
+        zygote.send(&serde_json::json!({ "settings": { "config": config, "names": names } }), &[])?;
+        let record = zygote.record()?;
+        let _ = zygote.child.wait();
+        let Some(record) = record else {
+            return Ok(Err("The Python interpreter ended before it had read the file.".to_owned()));
+        };
+        match serde_json::from_slice(&record) {
+            Ok(Evaluated::Settings(settings)) => Ok(Ok(settings)),
+            Ok(Evaluated::Failed(told)) => Ok(Err(told)),
+            Err(_) => Err(invalid("the Python interpreter said something unknown")),
+        }
+    }
+
+    /// The interpreter with the program. `apart`: in a process group of its own, so that Ctrl-C is for uringd alone, which
+    /// then ends its workers in order.
+    fn spawn(interpreter: &Path, apart: bool) -> io::Result<Zygote> {
         let (control, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        let child = Command::new(&app.interpreter)
-            .args(["-c", &[PRELUDE, SOURCE].concat()])
-            .stdin(Stdio::from(theirs))
-            // Ctrl-C is for uringd, which then ends its workers in order.
-            .process_group(0)
-            .spawn()?;
-        let zygote = Zygote { child, control };
+        let mut command = Command::new(interpreter);
+        command.args(["-c", &[PRELUDE, SOURCE].concat()]).stdin(Stdio::from(theirs));
+        if apart {
+            command.process_group(0);
+        }
+        Ok(Zygote { child: command.spawn()?, control })
+    }
+
+    fn begin(&self, app: &PythonApp, base: &BTreeMap<&'static str, String>, workers: usize, check: bool) -> io::Result<()> {
         let start = Start {
             app: &app.app,
             chdir: app.chdir.as_ref().and_then(|path| path.to_str()),
             pythonpath: &app.pythonpath,
             env: &app.env,
-            preload: app.preload,
+            preload: app.preload || check,
             threads: app.threads,
             base,
             interface: app.interface.as_deref(),
             graceful_timeout: GRACE_SECONDS,
+            config: app.config.as_deref(),
+            settings: &app.settings,
+            workers,
+            check,
         };
-        zygote.send(&serde_json::json!({ "start": start }), &[])?;
-        Ok(zygote)
+        self.send(&serde_json::json!({ "start": start }), &[])
+    }
+
+    /// Tells it how many workers there are to be from now on, for its hook.
+    pub fn say_workers(&self, count: usize) {
+        // A zygote that is gone is noticed by the end of its socket.
+        let _ = self.send(&serde_json::json!({ "workers": count }), &[]);
     }
 
     /// Has a worker forked. Its channels can be used at once; the kernel keeps what is sent early.
@@ -172,6 +238,12 @@ impl Zygote {
     /// # Errors
     /// recvmsg(2)'s; or `InvalidData`, when it is no record of the protocol.
     pub fn news(&self) -> io::Result<Option<News>> {
+        let Some(record) = self.record()? else { return Ok(None) };
+        serde_json::from_slice(&record).map(Some).map_err(|_| invalid("the Python zygote said something unknown"))
+    }
+
+    /// The next record, whatever it is.
+    fn record(&self) -> io::Result<Option<Vec<u8>>> {
         let mut bytes = vec![0; RECORD_BYTES_MAX];
         let mut control = RecvAncillaryBuffer::default();
         let flags = RecvFlags::CMSG_CLOEXEC;
@@ -187,7 +259,8 @@ impl Zygote {
         if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
             return Err(invalid("a record of the Python zygote is too long"));
         }
-        serde_json::from_slice(&bytes[..received.bytes]).map(Some).map_err(|_| invalid("the Python zygote said something unknown"))
+        bytes.truncate(received.bytes);
+        Ok(Some(bytes))
     }
 
     pub fn control(&self) -> BorrowedFd<'_> {

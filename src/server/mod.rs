@@ -4,21 +4,27 @@
 //! group resets the connections that wait in it (kernel-notes/reuseport.md).
 
 pub mod listeners;
+pub mod process;
 
 use std::{
-    fmt, process,
+    fmt, fs,
+    os::unix::fs::PermissionsExt,
     sync::{Arc, OnceLock, mpsc},
     thread,
     time::SystemTime,
 };
 
 use core_affinity::CoreId;
+use rustix::fs::Mode;
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2},
     iterator::{Handle, Signals},
 };
 
-use self::listeners::Listeners;
+use self::{
+    listeners::Listeners,
+    process::{Owner, PidFile},
+};
 use crate::{
     config::{Backend, Bind, Config, Cores},
     disk::{Disk, Quota},
@@ -142,9 +148,18 @@ impl Server {
     fn start_with(mut self, control: Arc<Control>, count: &WorkerCount) -> Result<Running> {
         let cpus = choose_cores(&self.config.cores)?;
         let handler_cpus = self.config.handler_cores.as_ref().map(choose_cores).transpose()?;
-        let capabilities = choose_backend(self.config.backend)?;
+        if let Some(mask) = self.config.umask {
+            rustix::process::umask(Mode::from_bits_truncate(mask));
+        }
+        // While it may still do what only root may: low ports, sockets and files in root's directories, higher limits.
+        let owner = Owner::named(self.config.user.as_deref(), self.config.group.as_deref())?;
         let listeners = Listeners::open(&self.config.bind, cpus.len(), self.config.backlog)?;
+        hand_over(&self.config, owner)?;
+        let pid_file = self.config.pid_file.as_deref().map(|path| PidFile::claim(path, owner)).transpose()?;
         limit_connections(&mut self.config, cpus.len());
+        owner.map_or(Ok(()), Owner::assume)?;
+        // As who serves: io_uring may be root's alone.
+        let capabilities = choose_backend(self.config.backend)?;
 
         let clock = Clock::new();
         let stats: Vec<Arc<Stats>> = cpus.iter().map(|_| Arc::default()).collect();
@@ -200,7 +215,7 @@ impl Server {
         drop(started);
         let addresses = listeners.addresses();
         control.listen(listeners, cpus.len());
-        let running = Running {
+        let mut running = Running {
             shards,
             control,
             pools: pools.clone(),
@@ -211,6 +226,7 @@ impl Server {
             workers,
             target: self.target,
             stats: stats.clone(),
+            pid_file,
         };
         for start in starts.iter().take(cpus.len()) {
             if let Err(error) = start {
@@ -223,6 +239,11 @@ impl Server {
             Some(cpus) => Some(cpus[core % cpus.len()]),
             None => Some(cpus[core]),
         });
+        if let Some(Err(error)) = running.pid_file.as_mut().map(PidFile::write) {
+            running.control.wind_down(Life::Stopping);
+            let _ = running.wait();
+            return Err(error);
+        }
         Ok(running)
     }
 }
@@ -239,6 +260,8 @@ pub struct Running {
     workers: Option<Workers>,
     target: String,
     stats: Vec<Arc<Stats>>,
+    /// Removed when this is dropped.
+    pid_file: Option<PidFile>,
 }
 
 impl Running {
@@ -314,7 +337,7 @@ struct AbortOnPanic;
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {
         if thread::panicking() {
-            process::abort();
+            std::process::abort();
         }
     }
 }
@@ -376,9 +399,23 @@ fn obey(signals: &mut Signals, control: &Control, count: &WorkerCount) {
             }
             SIGTERM if control.life() == Life::Serving => control.wind_down(Life::Draining),
             SIGTERM | SIGINT | SIGQUIT => control.wind_down(Life::Stopping),
-            other => tracing::warn!(signal = other, "ignored: reload, upgrade, log rotation and worker counts are not available yet"),
+            SIGHUP => tracing::warn!("SIGHUP is ignored: there is no reload yet; try: start a second uringd, then SIGTERM to this one"),
+            SIGUSR1 => tracing::info!("SIGUSR1: log lines go to standard error, so there is no file to open again"),
+            SIGUSR2 => tracing::warn!("SIGUSR2 is ignored: there is no upgrade yet; try: start a second uringd, then SIGTERM to this one"),
+            other => tracing::warn!(signal = other, "ignored: only Python applications have workers to count"),
         }
     }
+}
+
+/// Gives unix sockets the permissions and the owner that were asked for.
+fn hand_over(config: &Config, owner: Option<Owner>) -> Result<()> {
+    for bind in &config.bind {
+        let Bind::Unix(path) = bind else { continue };
+        let mode = config.unix_socket_mode.map_or(Ok(()), |mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)));
+        let owned = mode.and_then(|()| owner.map_or(Ok(()), |owner| owner.own(path)));
+        owned.map_err(|source| Error::Bind { address: bind.to_string(), source })?;
+    }
+    Ok(())
 }
 
 /// `None` for epoll.

@@ -1442,7 +1442,7 @@ class Hooks(WorkerTest):
         self.assertEqual(zygote.process.wait(5), 0)
         lines = [line for line in zygote.stderr().splitlines() if not line.startswith("[r-")]
         self.assertEqual(
-            [line.split("INFO ")[-1] for line in lines],
+            [line.split("[INFO] ")[-1] for line in lines],
             [
                 "on_starting 2",
                 "when_ready",
