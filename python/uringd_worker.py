@@ -1367,7 +1367,7 @@ def evaluate_config(config, names):
                 values[name] = {"type": "dict"}
         return {"settings": values}
     except BaseException as error:
-        return {"failed": config_failure(error, config)}
+        return {"failed": config_failure(error, {"config": config})}
 
 
 def plain(value):
@@ -1386,7 +1386,7 @@ def plain(value):
     return {"type": type(value).__name__}
 
 
-def config_failure(error, location):
+def config_failure(error, start):
     python = "%s (%s)" % (sys.executable or "this interpreter", interpreter()["python"])
     if isinstance(error, ModuleNotFoundError):
         hint = (
@@ -1396,7 +1396,10 @@ def config_failure(error, location):
     elif isinstance(error, SyntaxError):
         hint = "the interpreter is %s; --python gives another" % python
     else:
-        hint = "mend the file; `%s %s` may show the same" % (sys.executable or "python3", location)
+        hint = "mend the file; `%s %s` may show the same" % (
+            sys.executable or "python3",
+            start["config"],
+        )
     return "%shint: %s\n" % (format_error(error)[-10000:], hint)
 
 
@@ -1445,23 +1448,34 @@ def set_up_logging(settings):
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(form["format"], form["datefmt"]))
     log.handlers = [handler]
-    nested, file = settings.get("logconfig_dict"), settings.get("logconfig_json")
-    if not nested and file:
-        with open(file) as source:
-            nested = json.load(source)
-    if nested:
-        import logging.config
-
-        logging.config.dictConfig(dict(LOGGING, **nested))
-    elif settings.get("logconfig"):
-        import logging.config
-
-        path = settings["logconfig"]
-        if not os.path.exists(path):
-            raise FileNotFoundError("there is no logging configuration %s" % path)
-        defaults = {"__file__": path, "here": os.path.dirname(path)}
-        logging.config.fileConfig(path, defaults=defaults, disable_existing_loggers=False)
+    try:
+        configure_logging(settings)
+    except Exception as error:
+        raise LoadError(
+            "the logging configuration failed\n%shint: it is laid over gunicorn's own key by key: "
+            "one with `handlers` or `formatters` wants a `root`, too" % format_error(error, True)
+        ) from None
     return log
+
+
+def configure_logging(settings):
+    """As logconfig_dict, logconfig_json or logconfig say, the first of them that is there."""
+    nested, path = settings.get("logconfig_dict"), settings.get("logconfig_json")
+    if not nested and path:
+        with open(path) as source:
+            nested = json.load(source)
+    path = settings.get("logconfig")
+    if not nested and not path:
+        return
+    import logging.config
+
+    if nested:
+        logging.config.dictConfig(dict(LOGGING, **nested))
+        return
+    with open(path):
+        pass  # fileConfig takes no notice of a file that is not there
+    defaults = {"__file__": path, "here": os.path.dirname(path)}
+    logging.config.fileConfig(path, defaults=defaults, disable_existing_loggers=False)
 
 
 class Config:
@@ -1663,14 +1677,13 @@ class Zygote:
             return False
         self.start = start = record["start"]
         warning, threads, settings = record.get("warning"), 1, start.get("settings") or {}
-        if start.get("config"):
-            # First, for gunicorn executes it where it was started, not where the application is.
-            try:
-                self.config = Config(start["config"], settings)
-            except BaseException as error:
-                self.tell({"failed": config_failure(error, start["config"])})
-                return False
         try:
+            # After a restart, this is no longer where uringd was started.
+            self.cwd = record.get("cwd") or os.getcwd()
+            os.chdir(self.cwd)
+            if start.get("config"):
+                # First, for gunicorn executes it here, not where the application is.
+                self.config = Config(start["config"], settings)
             if start.get("chdir"):
                 os.chdir(start["chdir"])
             os.environ.update(start.get("env") or {})
@@ -1690,18 +1703,19 @@ class Zygote:
                 "SCRIPT_NAME", ""
             )
             log = set_up_logging(vars(self.config.cfg) if self.config else settings)
-            if start.get("check"):
-                self.config = None
-            if self.config:
-                self.config.begin(log, start)
+            hooks = None if start.get("check") else self.config
+            if hooks:
+                hooks.begin(log, start)
                 if warning is None:  # else it was called before the interpreter began anew
-                    self.config.call("on_starting", self.config.server)
+                    hooks.call("on_starting", hooks.server)
             parse_target(start["app"])
             if start.get("preload"):
                 self.app = self.load()
                 threads = thread_count()
         except BaseException as error:
-            self.tell({"failed": load_failure(error, start)})
+            config_failed = start.get("config") and self.config is None
+            explain = config_failure if config_failed else load_failure
+            self.tell({"failed": explain(error, start)})
             return False
         if threads > 1 and not start.get("check"):
             if warning is None and self.restart(threads):
@@ -1712,8 +1726,9 @@ class Zygote:
             ready["warning"] = warning
         freeze()
         self.tell({"ready": ready})
-        if self.config:
-            self.config.call_safely("when_ready", self.config.server)
+        self.config = hooks
+        if hooks:
+            hooks.call_safely("when_ready", hooks.server)
         return True
 
     def load(self):
@@ -1742,7 +1757,8 @@ class Zygote:
             )
             return True
         base = dict(self.start.get("base") or {}, SCRIPT_NAME=self.mount)
-        record = {"start": dict(self.start, preload=False, base=base), "warning": warning}
+        start = dict(self.start, preload=False, base=base)
+        record = {"start": start, "warning": warning, "cwd": self.cwd}
         environ = dict(os.environ, **{self.RESTART: json.dumps(record)})
         os.set_inheritable(CONTROL_FD, True)
         try:

@@ -23,7 +23,13 @@ const SETTINGS: &[Setting] = &[
         "of each process, and there is one process for each core; 1 when not said, where waitress has 4",
     ),
     row("trusted_proxy", &["--trusted-proxy"], Value, Option("forwarded-allow-ips"), "any number of them, and networks"),
-    row("trusted_proxy_count", &["--trusted-proxy-count"], Value, Option("forwarded-hops"), ""),
+    row(
+        "trusted_proxy_count",
+        &["--trusted-proxy-count"],
+        Value,
+        Option("forwarded-hops"),
+        "each of them must be in `--forwarded-allow-ips`",
+    ),
     row(
         "trusted_proxy_headers",
         &["--trusted-proxy-headers"],

@@ -1486,6 +1486,275 @@ class Hooks(WorkerTest):
         self.assertEqual(zygote.exit_status(pid), 1)
         self.assertIn("aborted %d" % pid, zygote.stderr())
 
+    def test_worker_abort_lets_the_other_threads_of_the_worker_finish(self):
+        config = self.write(
+            "abort.conf.py",
+            """\
+            def worker_abort(worker): worker.log.info("aborted %s", worker.aborted)
+        """,
+        )
+        zygote = self.zygote(config=config, threads=2)
+        pid, (stuck, other) = zygote.worker()
+        stuck.send("/sleep", query="30")
+        id = other.send("/sleep", query="1")
+        time.sleep(0.2)
+        kill(pid, signal.SIGABRT)
+        self.assertEqual(other.answer(id).status, 200)
+        self.assertTrue(eventually(lambda: "aborted True" in zygote.stderr()))
+        kill(pid)
+
+    def test_hooks_see_the_settings_that_are_effective_and_one_worker_all_along(self):
+        self.write("hooks_elsewhere.py", "def on_starting(server): server.log.info('elsewhere')\n")
+        config = self.write(
+            "gunicorn.conf.py",
+            """\
+            timeout, own = 10, "mine"
+            on_starting = "hooks_elsewhere.on_starting"
+            def nworkers_changed(server, new, old): server.log.info("%s for %s", new, old)
+            def when_ready(server):
+                server.log.info("%s %s", server.pid, server.address)
+                cfg = server.cfg
+                server.log.info("%s %s %s %s", cfg.timeout, cfg.workers, cfg.own, cfg.proc_name)
+            def pre_fork(server, worker): worker.mark = "marked in pre_fork"
+            def post_worker_init(worker):
+                worker.log.info("%s %s %s", worker.mark, worker.ppid, worker.app.wsgi is not None)
+            def child_exit(server, worker):
+                server.log.info("%s %s", worker.mark, server.WORKERS)
+        """,
+        )
+        zygote, pid, channel = self.worker(
+            config=config, workers=2, settings={"timeout": 20, "workers": 2, "proc_name": None}
+        )
+        zygote.tell({"workers": 3})
+        channel.ask("/hello")
+        kill(pid, signal.SIGTERM)
+        self.assertEqual(zygote.exit_status(pid), 0)
+        self.assertTrue(eventually(lambda: "marked in pre_fork {}" in zygote.stderr()))
+        self.assertEqual(
+            [line.split("[INFO] ")[-1] for line in zygote.stderr().splitlines()],
+            [
+                "2 for None",
+                "elsewhere",
+                "%d [('localhost', 8000)]" % os.getpid(),
+                "20 2 mine None",
+                "marked in pre_fork %d True" % os.getpid(),
+                "3 for 2",
+                "marked in pre_fork {}",
+            ],
+        )
+
+    def test_a_hook_that_fails_in_the_zygote_is_logged_and_no_more(self):
+        config = self.write("bad.conf.py", "def when_ready(server):\n    1 / 0\n")
+        zygote, pid, channel = self.worker(config=config)
+        self.assertEqual(channel.ask("/hello").body, b"hello")
+        self.assertIn("the hook when_ready failed\n", zygote.stderr())
+        self.assertIn("ZeroDivisionError", zygote.stderr())
+
+    def test_a_config_is_executed_where_it_was_started_and_before_the_environment_changes(self):
+        here = os.getcwd()
+        config = self.write(
+            "early.conf.py",
+            """\
+            import os
+            place = os.getcwd(), os.environ.get("COLOUR")
+            def on_starting(server):
+                server.log.info("%s %s %s", place == ("HERE", None), __name__, __file__)
+        """.replace("HERE", here),
+        )
+        zygote = self.zygote(config=config, env={"COLOUR": "blue"})
+        self.assertIn("True __config__ %s" % config, zygote.stderr())
+
+    def test_applications_may_borrow_the_logger_of_gunicorn(self):
+        self.write(
+            "borrows.py",
+            """\
+            import logging
+            borrowed = logging.getLogger("gunicorn.error")
+            log = logging.getLogger("mine")
+            log.handlers, log.propagate = borrowed.handlers, False
+            log.setLevel(borrowed.level)
+            log.info("not this"), log.warning("but this")
+            def app(environ, start_response): pass
+        """,
+        )
+        zygote, _, _ = self.worker("borrows:app", settings={"loglevel": "warning"})
+        self.assertIn("[WARNING] but this\n", zygote.stderr())
+        self.assertNotIn("not this", zygote.stderr())
+
+    def test_a_logging_configuration_is_laid_over_gunicorns_own(self):
+        self.write(
+            "logs.py",
+            """\
+            import logging
+            logging.getLogger("mine").debug("of the application")
+            def app(environ, start_response): pass
+        """,
+        )
+        nested = {
+            "root": {"handlers": ["own"]},
+            "loggers": {"mine": {"level": "DEBUG", "handlers": ["own"], "propagate": False}},
+            "handlers": {"own": {"class": "logging.StreamHandler", "formatter": "own"}},
+            "formatters": {"own": {"format": "own form: %(message)s"}},
+        }
+        ini = self.write(
+            "logging.ini",
+            """\
+            [loggers]
+            keys=root,mine
+            [handlers]
+            keys=own
+            [formatters]
+            keys=own
+            [logger_root]
+            handlers=own
+            [logger_mine]
+            level=DEBUG
+            handlers=own
+            qualname=mine
+            propagate=0
+            [handler_own]
+            class=StreamHandler
+            formatter=own
+            args=()
+            [formatter_own]
+            format=own form: %(message)s
+        """,
+        )
+        for config, settings in [
+            ("logconfig_dict = %r" % nested, {}),
+            ("", {"logconfig_json": self.write("logging.json", json.dumps(nested))}),
+            ("logconfig = %r" % ini, {}),
+        ]:
+            config = self.write("logs.conf.py", config)
+            zygote, _, _ = self.worker("logs:app", config=config, settings=settings)
+            self.assertIn("own form: of the application\n", zygote.stderr(), settings)
+        config = self.write("logs.conf.py", "logconfig_dict = {'handlers': {'x': {'class': 'y'}}}")
+        failed = self.zygote(config=config).first["failed"]
+        self.assertIn("Unable to configure handler 'x'", failed)
+        self.assertIn("hint: it is laid over gunicorn's own", failed)
+        missing = self.zygote(settings={"logconfig": "/no/such/file"}).first["failed"]
+        self.assertIn("No such file or directory: '/no/such/file'", missing)
+
+    def test_an_interpreter_that_begins_anew_finds_the_config_and_the_directory_again(self):
+        self.write(
+            "below/threads.py",
+            """\
+            import threading, time
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+            def app(environ, start_response):
+                start_response("200 OK", [])
+                return [environ["SCRIPT_NAME"].encode()]
+        """,
+        )
+        self.write(
+            "relative.conf.py",
+            """\
+            def on_starting(server): server.log.info("starting")
+            def when_ready(server): server.log.info("ready")
+        """,
+        )
+        here = os.getcwd()
+        os.chdir(self.directory.name)
+        self.addCleanup(os.chdir, here)
+        zygote, _, channel = self.worker(
+            "threads:app",
+            config="relative.conf.py",
+            chdir="below",
+            preload=True,
+            base={"SCRIPT_NAME": "/x"},
+        )
+        self.assertIn("1 more thread", zygote.first["ready"]["warning"])
+        self.assertEqual(channel.ask("/x/y").body, b"/x")
+        hooks = [line.split("[INFO] ")[-1] for line in zygote.stderr().splitlines()]
+        self.assertEqual(hooks, ["starting", "ready"])
+
+    def test_a_check_loads_the_application_and_calls_no_hook(self):
+        config = self.write(
+            "check.conf.py",
+            """\
+            import os
+            os.environ["FROM_CONFIG"] = "yes"
+            def on_starting(server): server.log.info("called")
+            def on_exit(server): server.log.info("called")
+        """,
+        )
+        self.write(
+            "checked.py",
+            """\
+            import os, threading, time
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+            found = os.environ["FROM_CONFIG"]
+            def app(environ, start_response): pass
+        """,
+        )
+        zygote = self.zygote("checked:app", config=config, preload=True, check=True)
+        self.assertNotIn("warning", zygote.first["ready"])
+        zygote.control.close()
+        self.assertEqual(zygote.process.wait(10), 0)
+        self.assertEqual(zygote.stderr(), "")
+        zygote = self.zygote("checked:no", config=config, preload=True, check=True)
+        self.assertIn("no attribute 'no'", zygote.first["failed"])
+
+    def settings(self, text, *names):
+        config = self.write("settings.conf.py", text)
+        zygote = self.zygote(start=False)
+        zygote.tell({"settings": {"config": config, "names": names}})
+        answer = zygote.hear()
+        self.assertEqual(zygote.process.wait(10), 0)
+        return answer
+
+    def test_settings_are_evaluated_and_told_as_plain_data(self):
+        answer = self.settings(
+            """\
+            import multiprocessing, os, pathlib, logging.config
+            a, b, c, d, e = 1, "text", None, True, 1.5
+            f = ("x", pathlib.Path("/y"), b"z")
+            g = {"K": {1}}
+            def h(server): pass
+            i = logging.Handler
+            j = object()
+            k = {"long": "x" * 5000}
+            l = float("nan")
+            unasked = 2
+        """,
+            *"abcdefghijklm"
+        )
+        self.assertEqual(
+            answer["settings"],
+            {
+                "a": 1,
+                "b": "text",
+                "c": None,
+                "d": True,
+                "e": 1.5,
+                "f": ["x", "/y", "z"],
+                "g": {"K": [1]},
+                "h": {"type": "function"},
+                "i": "logging.Handler",
+                "j": {"type": "object"},
+                "k": {"type": "dict"},
+                "l": "nan",
+            },
+        )
+
+    def test_settings_of_a_module_are_found_by_its_name(self):
+        zygote = self.zygote(start=False)
+        zygote.tell({"settings": {"config": "python:string", "names": ["digits", "nothing"]}})
+        self.assertEqual(zygote.hear(), {"settings": {"digits": "0123456789"}})
+
+    def test_settings_that_cannot_be_evaluated_are_told_as_python_shows_it_with_a_hint(self):
+        for text, error, hint in [
+            ("import no_such_thing\n", "No module named 'no_such_thing'", "is not installed"),
+            ("workers = \n", "SyntaxError", "the interpreter is"),
+            ("workers = 1 / 0\n", "ZeroDivisionError", "mend the file"),
+            ("import sys\nsys.exit(3)\n", "SystemExit", "mend the file"),
+        ]:
+            failed = self.settings(text, "workers")["failed"]
+            self.assertIn(error, failed)
+            self.assertIn("settings.conf.py", failed)
+            self.assertIn(hint, failed.splitlines()[-1])
+            self.assertNotIn("evaluate_config", failed)
+
     def test_a_config_that_fails_is_a_failure_to_start(self):
         config = self.write("bad.conf.py", "import no_such_thing\n")
         self.assertIn("No module named 'no_such_thing'", self.zygote(config=config).first["failed"])
@@ -1496,6 +1765,39 @@ class Hooks(WorkerTest):
         kind, _, _, _, payload = channel.frame()
         self.assertEqual(kind, FAILED)
         self.assertIn("ZeroDivisionError", payload.decode())
+
+
+class Mounted(WorkerTest):
+    """An application below a path."""
+
+    def test_the_path_of_the_application_becomes_its_script_name(self):
+        self.write(
+            "shows.py",
+            """\
+            import json
+            def app(environ, start_response):
+                start_response("200 OK", [])
+                shown = {k: environ[k] for k in ("SCRIPT_NAME", "PATH_INFO")}
+                return [json.dumps(shown).encode()]
+        """,
+        )
+        channel = self.worker("shows:app", base={"SCRIPT_NAME": "caf\u00e9/x/"})[2]
+        for path, expected in [
+            ("/caf\u00c3\u00a9/x/y", ["/caf\u00c3\u00a9/x", "/y"]),
+            ("/caf\u00c3\u00a9/x", ["/caf\u00c3\u00a9/x", ""]),
+            ("/caf\u00c3\u00a9/x/", ["/caf\u00c3\u00a9/x", "/"]),
+            ("/caf\u00c3\u00a9/xy", ["", "/caf\u00c3\u00a9/xy"]),
+            ("/", ["", "/"]),
+        ]:
+            environ = json.loads(channel.ask(path).body)
+            self.assertEqual([environ["SCRIPT_NAME"], environ["PATH_INFO"]], expected)
+        # gunicorn takes it from the environment, which raw_env may have set.
+        for preload in (False, True):
+            zygote, _, channel = self.worker(
+                "shows:app", env={"SCRIPT_NAME": "/env"}, preload=preload
+            )
+            environ = json.loads(channel.ask("/env/y").body)
+            self.assertEqual(environ, {"SCRIPT_NAME": "/env", "PATH_INFO": "/y"})
 
 
 if __name__ == "__main__":
