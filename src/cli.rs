@@ -655,6 +655,7 @@ fn cores(text: &str) -> Result<Cores, Usage> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Permit;
 
     fn parse(words: &str) -> Options {
         Options::try_parse_from(std::iter::once("uringd").chain(words.split_whitespace())).expect("valid options")
@@ -664,6 +665,24 @@ mod tests {
     fn the_command_line_is_well_formed() {
         use clap::CommandFactory;
         Options::command().debug_assert();
+    }
+
+    #[test]
+    fn what_the_page_of_refusals_says_to_try_exists() {
+        use clap::CommandFactory;
+        let page = include_str!("../docs/refusals.md");
+        let command = Options::command();
+        let options: Vec<&str> = command.get_arguments().filter_map(|argument| argument.get_long()).collect();
+        let named: Vec<&str> = page.split(['`', ' ', '\n']).filter_map(|word| word.strip_prefix("--")).collect();
+        assert!(named.len() > 20, "{named:?}");
+        let unknown: Vec<&&str> = named.iter().filter(|option| !options.contains(option)).collect();
+        assert!(unknown.is_empty(), "{unknown:?}");
+
+        let rows = page.lines().filter_map(|line| line.strip_prefix("| `--permit ")?.split('`').next());
+        let permits: Vec<&str> = rows.collect();
+        let config = parse(&format!("--permit {}", permits.join(","))).config(None).expect("permits that exist");
+        let Permit { double_slash, host_missing, https_target, underscore_headers } = config.permit;
+        assert!(double_slash && host_missing && https_target && underscore_headers, "{permits:?}");
     }
 
     #[test]
