@@ -2,7 +2,8 @@
 //! more-cases.jsonl are our own and go further into each rule.
 //!
 //! One JSON object a line: `id`, `group`, `raw` (a character a byte), `prefer` (the status wanted), `allow` (statuses
-//! also tolerated; 0 is closed without an answer), `conn` (close, keep, any), `why` (RFC section or CVE), `level`.
+//! also tolerated; 0 is closed without an answer), `conn` (close, keep, any), `why` (RFC section or CVE), `level`;
+//! in more-cases.jsonl also `reason`, the refusal that ends it, which is judged in `src/http1/tests`.
 //! A case passes when its first final status is allowed; a refused request is answered once and nothing more is
 //! served; a connection that must close is closed, one that must stay open serves a further request; no handler
 //! ever saw /evil; and all of that however the bytes were split. Groups with steps, timing or a misbehaving handler,

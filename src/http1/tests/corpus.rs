@@ -19,6 +19,8 @@ pub(super) struct Case {
     prefer: u64,
     allow: Vec<u64>,
     conn: String,
+    /// Our cases name the refusal that ends them, if one does, so that each rule is told from all others.
+    reason: Option<String>,
 }
 
 /// The shared cases, and our own that go further into each rule.
@@ -54,7 +56,15 @@ fn case(row: &Value) -> Option<Case> {
         return None;
     }
     let allow = row["allow"].as_array()?.iter().filter_map(Value::as_u64).collect();
-    Some(Case { id, raw, limits, prefer: row["prefer"].as_u64()?, allow, conn: text("conn") })
+    Some(Case {
+        id,
+        raw,
+        limits,
+        prefer: row["prefer"].as_u64()?,
+        allow,
+        conn: text("conn"),
+        reason: row["reason"].as_str().map(str::to_owned),
+    })
 }
 
 /// The bytes of a case in steps; `None` when it depends on time or on signals.
@@ -94,6 +104,10 @@ fn judge(case: &Case, run: &Run) -> Result<(), String> {
     let targets: Vec<&[u8]> = run.requests.iter().map(|request| request.head.path.of(&request.head_bytes)).collect();
     if targets.contains(&b"/evil".as_slice()) {
         return Err("a handler saw /evil".to_owned());
+    }
+    let reason = if let End::Refused(refusal) = run.end { Some(refusal.reason()) } else { None };
+    if case.reason.is_some() && case.reason.as_deref() != reason {
+        return Err(format!("refused as {reason:?}, wanted {:?}", case.reason));
     }
     let open = run.end == End::Open;
     let closed_above = CLOSED_ABOVE.iter().any(|(id, _)| *id == case.id);
