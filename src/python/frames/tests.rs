@@ -138,7 +138,7 @@ fn a_request_becomes_the_environ_that_pep_3333_describes() {
 #[test]
 fn the_target_of_a_whole_server_has_no_path() {
     let environ = environ("OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n");
-    assert_eq!((of(&environ, "PATH_INFO"), of(&environ, "RAW_URI")), (Some(""), Some("*")));
+    assert_eq!((of(&environ, "PATH_INFO"), of(&environ, "REQUEST_URI")), (Some(""), Some("*")));
 }
 
 #[test]
