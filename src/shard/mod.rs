@@ -90,6 +90,7 @@ pub fn run(
     let mut drain_until = None;
     let mut stop_until = None;
     let mut refusing = false;
+    let mut saturated = false;
     let mut patient = false;
     let mut lost = 0;
     loop {
@@ -151,8 +152,10 @@ pub fn run(
             Some(due) => Some(Duration::from_micros(due.saturating_sub(now))),
             None => None,
         };
-        // What arrives now can only wait, so whoever computes the next answers is not interrupted for each piece of it.
-        if desk.is_saturated() != patient {
+        // What arrives now can only wait, so whoever computes the next answers is not interrupted for each piece of it. Twice in
+        // a row, because somebody who was just woken has not taken his request yet.
+        let was_saturated = std::mem::replace(&mut saturated, desk.is_saturated());
+        if (saturated && was_saturated) != patient {
             patient = !patient;
             // Where it is forbidden, everything is only slower.
             let _ = policy::interrupt_others(!patient);
