@@ -1082,8 +1082,10 @@ def prctl(option, argument):
 
 
 def die_with_parent(parent):
-    """PR_SET_PDEATHSIG: SIGTERM, so that what runs is answered even when the zygote was killed."""
-    prctl(1, signal.SIGTERM)
+    """PR_SET_PDEATHSIG: SIGKILL, which a worker in an endless loop cannot miss either. Without the
+    zygote, uringd begins anew or is itself gone.
+    """
+    prctl(1, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
 

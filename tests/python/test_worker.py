@@ -1401,6 +1401,8 @@ class Processes(WorkerTest):
         except ImportError:
             self.skipTest("PR_SET_PDEATHSIG needs ctypes")
         zygote, pid, channel = self.worker()
+        # Also in the middle of a request that takes long.
+        channel.send("/sleep", query="60")
         zygote.process.kill()
         self.assertTrue(eventually(lambda: not alive(pid), 5))
 
