@@ -123,6 +123,7 @@ fn provocations(refusal: Refusal) -> Vec<Provocation> {
         Refusal::TargetDoubleSlash => vec![target("//evil.example/%2e%2e"), target("//"), target("http://a//b")],
         Refusal::TargetForm => vec![target("a"), target("*"), target("a:80"), "CONNECT / HTTP/1.1\r\nHost: a\r\n\r\n".into()],
         Refusal::TargetFragment => vec![target("/#a"), target("/?a#b"), target("http://a/#b")],
+        Refusal::TargetHttps => vec![target("https://a/"), target("HTTPS://a:443?x")],
         Refusal::TargetScheme => vec![target("ftp://a/"), target("ws://a/")],
         Refusal::TargetUserinfo => vec![target("http://u@a/"), target("http://u:p@a/")],
         Refusal::TrailersTooLarge => vec![chunked(&format!("0\r\n{}\r\n", format!("X: {}\r\n", long(6000)).repeat(3)))],
