@@ -8,6 +8,8 @@
 //!
 //! The handler may be ahead of what the ring thread has taken in by [`WINDOW_BYTES`]. Taken in means: in the
 //! connection's buffer or in its file. So a handler is done at memory's or the disk's speed, not the client's.
+//!
+//! A handler waits on its thread. Whoever carries many bodies at a time cannot, and is told instead ([`Credit::told`]).
 
 use std::{
     fmt, io,
@@ -16,21 +18,49 @@ use std::{
 };
 
 /// How far a handler may be ahead, in bytes.
-const WINDOW_BYTES: u64 = 256 << 10;
+pub(crate) const WINDOW_BYTES: u64 = 256 << 10;
+/// Whoever is told of credit is told of so much at a time, in bytes. Less than a window, or nobody would go on.
+pub(crate) const GRANT_BYTES: u64 = WINDOW_BYTES / 4;
 /// What a handler writes is gathered up to this size before it crosses over, unless it flushes.
 const PIECE_BYTES: usize = 16 << 10;
 
 /// What a handler is allowed to send. Shared by both sides.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Credit {
     state: Mutex<State>,
     changed: Condvar,
+    /// Called instead of waking whoever waits.
+    tell: Option<Tell>,
+}
+
+/// What a ring thread did to a body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Notice {
+    /// So many more bytes were taken in.
+    Taken(u64),
+    /// The client is gone.
+    Closed,
+    /// No body is wanted, or no more of it.
+    Discarded,
+}
+
+/// Takes a notice, on the ring thread: must not wait.
+type Tell = Box<dyn Fn(Notice) + Send + Sync>;
+
+impl fmt::Debug for Credit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credit").field("state", &self.state).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
 struct State {
     /// Bytes taken in so far.
     taken: u64,
+    /// How many of them were told.
+    told: u64,
+    /// Nothing needs to be told any more.
+    over: bool,
     /// Nobody wants the rest.
     closed: bool,
     /// The rest is not sent, and that is right so: the answer to HEAD.
@@ -38,22 +68,50 @@ struct State {
 }
 
 impl Credit {
+    /// Credit for somebody who does not wait for it.
+    pub(crate) fn told(tell: impl Fn(Notice) + Send + Sync + 'static) -> Credit {
+        Credit { tell: Some(Box::new(tell)), ..Credit::default() }
+    }
+
     /// The ring thread has taken so many bytes in.
     pub fn take(&self, bytes: u64) {
-        self.state().taken += bytes;
+        let mut state = self.state();
+        state.taken += bytes;
+        let news = state.taken - state.told;
+        if self.tell.is_some() && news >= GRANT_BYTES {
+            state.told = state.taken;
+            return self.notify(state, Notice::Taken(news));
+        }
         self.changed.notify_one();
     }
 
     /// The client is gone: the handler's next write fails.
     pub fn close(&self) {
-        self.state().closed = true;
-        self.changed.notify_one();
+        let mut state = self.state();
+        state.closed = true;
+        self.notify(state, Notice::Closed);
     }
 
     /// No body is wanted: the handler writes into the void.
     pub fn discard(&self) {
-        self.state().discarded = true;
-        self.changed.notify_one();
+        let mut state = self.state();
+        state.discarded = true;
+        self.notify(state, Notice::Discarded);
+    }
+
+    /// All of the body has been made: nothing need be told any more.
+    pub(crate) fn finish(&self) {
+        self.state().over = true;
+    }
+
+    fn notify(&self, state: MutexGuard<'_, State>, notice: Notice) {
+        let over = state.over;
+        drop(state);
+        match &self.tell {
+            Some(_) if over => {}
+            Some(tell) => tell(notice),
+            None => self.changed.notify_one(),
+        }
     }
 
     /// True when nobody wants the rest.
@@ -182,6 +240,25 @@ mod tests {
         let error = StreamWriter::new(credit, Duration::from_millis(20), &mut send).write_all(&vec![7; 1 << 20]).expect_err("stuck");
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert_eq!(pieces, WINDOW_BYTES as usize / PIECE_BYTES);
+    }
+
+    #[test]
+    fn whoever_does_not_wait_is_told_of_what_matters_until_the_end() {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let notices = told.clone();
+        let credit = Credit::told(move |notice| notices.lock().expect("no panic").push(notice));
+        let since = || std::mem::take(&mut *told.lock().expect("no panic"));
+        (0..GRANT_BYTES - 1).for_each(|_| credit.take(1));
+        assert_eq!(since(), [], "a grant is worth a message");
+        credit.take(2);
+        assert_eq!(since(), [Notice::Taken(GRANT_BYTES + 1)]);
+        credit.discard();
+        credit.close();
+        assert_eq!(since(), [Notice::Discarded, Notice::Closed]);
+        credit.finish();
+        credit.take(WINDOW_BYTES);
+        credit.discard();
+        assert_eq!(since(), []);
     }
 
     #[test]

@@ -12,14 +12,14 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::fd::{AsRawFd, FromRawFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-/// Wakes one ring thread. Cheap to clone; any thread may ring.
+/// Wakes one ring thread, or another that waits for a descriptor. Cheap to clone; any thread may ring.
 #[derive(Clone, Debug)]
 pub struct Waker(Arc<Doorbell>);
 
@@ -71,5 +71,11 @@ impl Waker {
     /// Takes the ring off the bell. Only when [`fd`](Waker::fd) is readable, else this blocks.
     pub fn drain(&self) {
         let _ = (&self.0.eventfd).read(&mut [0; 8]);
+    }
+}
+
+impl AsFd for Waker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.eventfd.as_fd()
     }
 }
