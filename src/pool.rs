@@ -14,7 +14,7 @@ use std::{
     io::Write,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, OnceLock,
+        Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicUsize, Ordering, fence},
     },
     thread,
@@ -95,6 +95,8 @@ pub struct Pools {
     queue_max: usize,
     /// How long a handler that streams waits for its client.
     send_wait_max: Duration,
+    /// How many serve many requests at a time, on all cores.
+    takers: AtomicUsize,
     disk: Disk,
 }
 
@@ -110,7 +112,27 @@ struct Core {
     idle: AtomicUsize,
     /// Handlers that could take one. A core without any gives its requests to others.
     able: AtomicUsize,
+    takers: RwLock<Vec<Arc<Taker>>>,
     waker: OnceLock<Waker>,
+}
+
+/// Somebody who serves many requests at a time, as the others have to know it.
+pub(crate) struct Taker {
+    waker: Waker,
+    /// How many it has; [`TAKES_NONE`]: it takes no more now.
+    load: AtomicUsize,
+}
+
+const TAKES_NONE: usize = usize::MAX;
+
+impl Taker {
+    pub(crate) fn takes(&self) -> bool {
+        self.load().is_some()
+    }
+
+    fn load(&self) -> Option<usize> {
+        Some(self.load.load(Ordering::SeqCst)).filter(|load| *load != TAKES_NONE)
+    }
 }
 
 impl Pools {
@@ -129,6 +151,7 @@ impl Pools {
                 answers_taken,
                 idle: AtomicUsize::new(0),
                 able: AtomicUsize::new(0),
+                takers: RwLock::default(),
                 waker: OnceLock::new(),
             }
         };
@@ -137,6 +160,7 @@ impl Pools {
             handlers_per_core: config.handlers,
             queue_max: config.limits.queue_max,
             send_wait_max: config.timeouts.send,
+            takers: AtomicUsize::new(0),
             disk,
         })
     }
@@ -294,6 +318,9 @@ impl Pools {
     fn ring(&self, core: &Core) {
         fence(Ordering::SeqCst);
         let waiting = core.jobs_taken.len();
+        if self.takers.load(Ordering::Relaxed) > 0 {
+            return self.ring_takers(core, waiting);
+        }
         let idle = |core: &Core| core.idle.load(Ordering::SeqCst);
         let busy = waiting > 0 && idle(core) == 0;
         let core = if busy { self.cores.iter().find(|core| idle(core) > 0).unwrap_or(core) } else { core };
@@ -366,7 +393,99 @@ impl Pools {
     pub(crate) fn send_wait_max(&self) -> Duration {
         self.send_wait_max
     }
+}
 
+/// What those do who serve many requests at a time (`python/multiplexer.rs`).
+///
+/// The requests of a core that wait are spread like water: whoever has fewer than the level that all would come to takes
+/// what is missing, so nobody gets one that a less busy one could begin sooner. Those without any count as `idle`.
+impl Pools {
+    /// From now on requests of this core may be left to it. It takes none yet.
+    pub(crate) fn add_taker(&self, core: usize, waker: Waker) -> Arc<Taker> {
+        let taker = Arc::new(Taker { waker, load: AtomicUsize::new(TAKES_NONE) });
+        self.cores[core].takers.write().unwrap_or_else(PoisonError::into_inner).push(taker.clone());
+        self.takers.fetch_add(1, Ordering::Relaxed);
+        self.change_able(core, 1);
+        taker
+    }
+
+    pub(crate) fn remove_taker(&self, core: usize, taker: &Arc<Taker>) {
+        self.set_load(core, taker, None);
+        self.cores[core].takers.write().unwrap_or_else(PoisonError::into_inner).retain(|other| !Arc::ptr_eq(other, taker));
+        self.takers.fetch_sub(1, Ordering::Relaxed);
+        self.change_able(core, -1);
+    }
+
+    /// How many requests it has; `None`: it takes no more now, and what waits is for others.
+    pub(crate) fn set_load(&self, core: usize, taker: &Taker, load: Option<usize>) {
+        let own = &self.cores[core];
+        let before = taker.load.swap(load.unwrap_or(TAKES_NONE), Ordering::SeqCst);
+        match (before == 0, load == Some(0)) {
+            (false, true) => drop(own.idle.fetch_add(1, Ordering::SeqCst)),
+            (true, false) => drop(own.idle.fetch_sub(1, Ordering::SeqCst)),
+            _ => {}
+        }
+        if load.is_none() && before != TAKES_NONE && !own.jobs_taken.is_empty() {
+            self.ring(own);
+        }
+    }
+
+    /// How many of the requests that wait it should take. When that is none although some wait, they are others' to take.
+    pub(crate) fn share_of(&self, core: usize, taker: &Taker) -> usize {
+        let own = &self.cores[core];
+        let waiting = own.jobs_taken.len();
+        let (Some(load), true) = (taker.load(), waiting > 0) else { return 0 };
+        level(&own.takers(), waiting).saturating_sub(load)
+    }
+
+    /// Wakes whoever should take of this core's requests, again: one that left them to others does so in case they were
+    /// about to leave them to it.
+    pub(crate) fn pass_on(&self, core: usize) {
+        let own = &self.cores[core];
+        if !own.jobs_taken.is_empty() {
+            self.ring(own);
+        }
+    }
+
+    /// A request of another core where nobody takes any now.
+    pub(crate) fn stranded_errand(&self, core: usize) -> Option<Errand> {
+        self.stranded(core).find_map(|core| self.another_errand(core))
+    }
+
+    pub(crate) fn has_stranded(&self, core: usize) -> bool {
+        self.stranded(core).next().is_some()
+    }
+
+    fn stranded(&self, core: usize) -> impl Iterator<Item = usize> {
+        let others = self.cores.iter().enumerate().filter(move |(index, other)| *index != core && !other.jobs_taken.is_empty());
+        others.filter(|(_, other)| !other.takers().iter().any(|taker| taker.takes())).map(|(index, _)| index)
+    }
+
+    fn ring_takers(&self, core: &Core, waiting: usize) {
+        let mut woken = false;
+        let takers = core.takers();
+        let level = level(&takers, waiting);
+        for taker in takers.iter().filter(|taker| taker.load().is_some_and(|load| load < level)) {
+            taker.waker.wake();
+            woken = true;
+        }
+        drop(takers);
+        if waiting > 0 && !woken {
+            let takers = self.cores.iter().flat_map(|core| core.takers().clone());
+            let least = takers.filter_map(|taker| Some((taker.load()?, taker))).min_by_key(|(load, _)| *load);
+            least.into_iter().for_each(|(_, taker)| taker.waker.wake());
+        }
+    }
+}
+
+/// How many requests each would have if those that wait were spread.
+fn level(takers: &[Arc<Taker>], waiting: usize) -> usize {
+    let loads = takers.iter().filter_map(|taker| taker.load());
+    let (count, sum) = loads.fold((0, waiting), |(count, sum), load| (count + 1, sum + load));
+    if count == 0 { 0 } else { sum.div_ceil(count) }
+}
+
+impl Pools {
     /// Where a request of this core waits: in its own queue, unless a neighbour has somebody free for it.
     fn least_busy(&self, core: usize) -> &Core {
         let own = &self.cores[core];
@@ -392,6 +511,10 @@ const COMING_BACK: usize = 1024;
 const BELLS: usize = 64;
 
 impl Core {
+    fn takers(&self) -> RwLockReadGuard<'_, Vec<Arc<Taker>>> {
+        self.takers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn send(&self, answer: Answer) {
         // The receiver lives as long as `self`.
         let _ = self.answers.send(answer);
