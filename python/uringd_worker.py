@@ -8,11 +8,13 @@ and page below.
     zygote   one thread, never serves; reads `start`, perhaps imports the application, forks when
              told to, reaps
     worker   one thread for each channel; a channel is a socket with frames, a socket that carries
-             descriptors, and a page of memory in which uringd says what changes meanwhile
+             descriptors, and a page of memory in which uringd says what changes meanwhile. Or one
+             channel for many requests at a time, each on a greenlet of gevent
 
 The file reads from the inside out: what an application touches (wsgi.input, wsgi.errors,
-wsgi.file_wrapper), an exchange (one request and its answer), a channel (the hot loop), a worker,
-how an application is found and why it was not, a gunicorn.conf.py, the zygote.
+wsgi.file_wrapper), an exchange (one request and its answer), a channel (the hot loop), the channel
+for many requests at a time, a worker, how an application is found and why it was not, a
+gunicorn.conf.py, the zygote.
 """
 
 import ast
@@ -31,6 +33,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from io import BytesIO
 from marshal import loads
 
@@ -48,6 +51,9 @@ RECORD_BYTES_MAX = 65536
 REQUEST, REQUEST_WITH_FILE = 0x0001, 0x0101  # u8 type, u8 flags, u16 zero, read as one u32
 RESPONSE, BEGIN, PIECE, END, FILE, READY, FAILED, HINTS, EXTEND = range(1, 10)
 END_FAILED = 0x0100
+# Only on a channel for many requests at a time: to a worker, and from it.
+CREDIT, GONE, CANCEL, PING = range(2, 6)
+PONG, RETURN = 10, 11
 unpack_prefix = struct.Struct("<IIII").unpack_from
 pack_prefix = struct.Struct("<IIII").pack
 pack_header = struct.Struct("<III").pack
@@ -67,6 +73,12 @@ HEAD_BYTES_MAX = 65536
 COPY_BYTES_MAX = 65536
 # A body is cut into pieces of this size; the header could say four times as much.
 PAYLOAD_BYTES_MAX = 1 << 30
+# Where answers share a channel, none may hold it: a longer body goes in pieces, and so far ahead of
+# what uringd has taken in.
+SHARED_WHOLE_BYTES_MAX, SHARED_PIECE_BYTES_MAX, WINDOW_BYTES = 131072, 65536, 262144
+# Quick requests follow each other on one greenlet for so long, then what they answered leaves; and
+# after so long, other things that became ready have their turn.
+SLICE_SECONDS, TURN_SECONDS = 0.001, 0.005
 
 # The answers of one batch leave in one send if its requests are quick; else each leaves before the
 # next request runs, for a finished answer must not wait for a slow one behind it. A batch of more
@@ -78,6 +90,10 @@ QUICK_BATCHES, QUICK_SECONDS, SLOW_COST, HELD_MAX = 256, 0.002, 16, 32
 
 EXIT_GARBAGE, EXIT_LOAD = 70, 4  # sysexits' EX_SOFTWARE; gunicorn's APP_LOAD_ERROR
 MSG_CMSG_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0x40000000)  # PyPy does not name it
+
+# gevent puts its own into these modules, for the application. This file means the real ones.
+real_socket, real_poll, real_fork, real_waitpid = socket.socket, select.poll, os.fork, os.waitpid
+real_sleep, thread_ident = time.sleep, threading.get_ident
 
 
 EVERY_REQUEST = (
@@ -331,6 +347,7 @@ class Exchange:
         "rare",
         "may_wait",
     )
+    whole_bytes_max = PAYLOAD_BYTES_MAX  # of a body that is sent in one frame
 
     def __init__(self, channel):
         self.channel = channel
@@ -460,6 +477,10 @@ class Exchange:
                 self.remaining -= len(piece)
             if not piece:
                 return
+        self.send_piece(piece)
+
+    def send_piece(self, piece):
+        channel = self.channel
         for at in range(0, len(piece), PAYLOAD_BYTES_MAX):
             part = piece if len(piece) <= PAYLOAD_BYTES_MAX else piece[at : at + PAYLOAD_BYTES_MAX]
             channel.send_frame(pack_header(len(part), self.id, PIECE), part)
@@ -492,11 +513,12 @@ class Exchange:
     def whole(self, body):
         if self.started is None:
             raise AssertionError("the application returned without having called start_response")
-        if len(body) > PAYLOAD_BYTES_MAX:
+        if len(body) > self.whole_bytes_max:
             if self.content_length() is None:
                 self.started[1].append(("Content-Length", str(len(body))))
             self.begin()
-            self.put(body)
+            if not self.bodiless():
+                self.send_piece(body)
             self.end()
             return
         code, head = self.head()
@@ -614,8 +636,8 @@ class ChannelError(BrokenPipeError):
 class Channel:
     def __init__(self, worker, data_fd, fds_fd, page_fd):
         self.worker = worker
-        self.data = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, data_fd)
-        self.fds = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds_fd)
+        self.data = real_socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, data_fd)
+        self.fds = real_socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds_fd)
         self.page = mmap.mmap(page_fd, PAGE_BYTES)
         os.close(page_fd)
         # Frames that are ready and not yet sent. Only the channel's own thread touches it.
@@ -889,6 +911,510 @@ def receive_descriptors(sock, size, count):
     return data, descriptors
 
 
+# A channel for many requests at a time.
+
+
+class ClientGone(BrokenPipeError):
+    """Nobody reads the rest of this answer."""
+
+
+class SharingExchange(Exchange):
+    """One of the requests that a multiplexed channel has at a time.
+
+    `credit` is how many bytes of its body uringd will still take in. `runner` is what runs it, None
+    while it has not begun.
+    """
+
+    __slots__ = ("runner", "credit", "credited", "gone")
+    whole_bytes_max = SHARED_WHOLE_BYTES_MAX
+
+    def __init__(self, channel):
+        super().__init__(channel)
+        self.runner = self.credited = None
+        self.credit, self.gone = WINDOW_BYTES, False
+
+    def client_disconnected(self):
+        return self.gone
+
+    def send_piece(self, piece):
+        """In parts that the credit allows; after each, everybody else has a turn. So it is on its
+        way before the application is asked for more, and travels with what the others answer.
+        """
+        at, channel = 0, self.channel
+        while at < len(piece):
+            if self.gone:
+                raise ClientGone("the client is gone")
+            if self.credit <= 0:
+                channel.wait_for_credit(self)
+                continue
+            part = piece[at : at + min(self.credit, SHARED_PIECE_BYTES_MAX)]
+            at += len(part)
+            self.credit -= len(part)
+            channel.put(pack_header(len(part), self.id, PIECE) + part)
+            channel.give_way()
+
+    def fail(self, error):
+        if not isinstance(error, ClientGone):
+            super().fail(error)
+        elif not self.ended:
+            self.ended = True
+            self.channel.put(pack_header(0, self.id, END | END_FAILED))
+
+
+class MultiplexedChannel(Channel):
+    """Many requests at a time, by something that runs many things in one thread by turns.
+
+    Here is what is said on the channel: `read` is called when there is something to read, makes an
+    exchange of each request and has them run; frames gather in `out`, and leave in one send. Who
+    inherits says how things run and how they wait: call_soon, await_room, run_waiting, wake,
+    cancel, wait_for_credit, give_way.
+    """
+
+    def __init__(self, worker, data_fd, fds_fd, page_fd):
+        super().__init__(worker, data_fd, fds_fd, page_fd)
+        self.app = self.base = None
+        self.exchanges = {}  # id: what has no answer yet
+        self.waiting = deque()  # those of them that have not begun
+        self.parts, self.have, self.needed = [], 0, 16  # of a frame that has come in part
+        self.unsent = b""  # what the socket had no room for
+        self.send_is_due = False
+        self.ending = self.closed = False
+
+    def prepare(self, app):
+        self.thread = thread_ident()
+        self.app = app
+        self.base = self.worker.base_environ(Exchange(self))
+        for sock in (self.data, self.fds):
+            sock.setblocking(False)
+
+    # From uringd.
+
+    def read(self):
+        """Takes what one recv brings."""
+        try:
+            data = self.data.recv(RECEIVE_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.lose()
+            return
+        self.have += len(data)
+        if self.have < self.needed:
+            self.parts.append(data)
+            return
+        if self.parts:
+            self.parts.append(data)
+            data = b"".join(self.parts)
+            self.parts.clear()
+        at, size, self.needed = 0, len(data), 16
+        while size - at >= 16:
+            payload_bytes, id, kind, word = unpack_prefix(data, at)
+            stop = at + 12 + payload_bytes
+            if stop > size:
+                self.needed = stop - at
+                break
+            if kind == REQUEST or kind == REQUEST_WITH_FILE:
+                self.take_request(id, kind, data, at + 16, at + 16 + word, stop)
+            elif payload_bytes == 4:
+                self.take_word(kind, id, word)
+            else:
+                raise ValueError("a frame of uringd is of no known kind, or of a wrong length")
+            at = stop
+        self.have = size - at
+        if self.have:
+            self.parts.append(data[at:])
+        if self.waiting:
+            self.run_waiting()
+
+    def take_request(self, id, kind, data, start, split, stop):
+        exchange = SharingExchange(self)
+        exchange.id = id
+        exchange.environ = environ = self.base.copy()
+        fill_environ(environ, data[start:split])
+        environ["wsgi.errors"] = exchange.errors
+        environ["wsgi.early_hints"] = exchange.early_hints
+        environ["uringd.client_disconnected"] = exchange.client_disconnected
+        environ["uringd.extend_deadline"] = exchange.extend_deadline
+        if split == stop and kind == REQUEST:
+            environ["wsgi.input"] = BytesIO()
+        else:
+            environ["wsgi.input"] = self.body(exchange, kind, data, split, stop)
+        self.exchanges[id] = exchange
+        if self.ending:
+            self.give_back(exchange)
+        else:
+            self.waiting.append(exchange)
+
+    def take_word(self, kind, id, word):
+        """The frames of one u32. An answer may have crossed what is said about its request."""
+        exchange = self.exchanges.get(id)
+        if kind == PING:
+            self.put(pack_prefix(4, id, PONG, word))
+        elif kind not in (CREDIT, GONE, CANCEL):
+            raise ValueError("a frame of uringd is of no known kind")
+        elif exchange is None:
+            pass
+        elif kind == CREDIT:
+            exchange.credit += word
+            self.wake(exchange)
+        else:
+            exchange.gone = True
+            if exchange.runner is None:
+                self.waiting.remove(exchange)
+                self.give_back(exchange)
+            elif kind == GONE:
+                self.wake(exchange)
+            else:
+                self.cancel(exchange)
+
+    def give_back(self, exchange):
+        """Says that the application has not seen this request and will not."""
+        self.put(pack_header(0, exchange.id, RETURN))
+        self.forget(exchange)
+
+    # To uringd.
+
+    def put(self, frame):
+        """A frame that leaves when those who run now have had their turn."""
+        self.out.append(frame)
+        if not self.send_is_due:
+            self.send_is_due = True
+            self.call_soon(self.send_ready)
+
+    def flush(self):
+        if self.out and not self.send_is_due:
+            self.send_is_due = True
+            self.call_soon(self.send_ready)
+
+    def send_frame(self, start, body):
+        self.put(start + body)
+
+    def send_now(self, frame):
+        if self.app is None:
+            self.data.sendall(frame)  # READY and FAILED, before anything runs
+        else:
+            self.put(frame)
+
+    def send_ready(self):
+        """One send of all that is ready. What does not fit waits for room, and nobody with it."""
+        self.send_is_due = False
+        if self.closed:
+            self.out.clear()
+        elif self.out and not self.unsent:
+            data = self.out[0] if len(self.out) == 1 else b"".join(self.out)
+            self.out.clear()
+            self.unsent = self.send_some(data)
+        if self.unsent:
+            self.await_room()
+
+    def send_rest(self):
+        """There is room again. True when nothing is left that waits for it."""
+        self.unsent = self.send_some(self.unsent)
+        if not self.unsent:
+            self.send_ready()
+        return not self.unsent
+
+    def send_some(self, data):
+        """What could not be sent of it."""
+        try:
+            sent = self.data.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.lose()
+            return b""
+        return memoryview(data)[sent:] if sent < len(data) else b""
+
+    def send_descriptor(self, fd):
+        rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd)
+        while True:
+            try:
+                self.fds.sendmsg([b"f"], [rights])
+                return
+            except BlockingIOError:
+                # uringd takes it when it meets the frame of an earlier one.
+                self.give_way(0.001)
+            except OSError as error:
+                raise ChannelError(*error.args) from None
+
+    # The life of an exchange, and of the channel.
+
+    def serve_one(self, exchange):
+        hooks = self.worker.hooks
+        try:
+            try:
+                if hooks and "pre_request" in hooks:
+                    hooks["pre_request"](exchange)
+                exchange.respond(self.app(exchange.environ, exchange.start_response))
+            except BaseException as error:
+                exchange.fail(error)
+            if self.closed and os.getpid() != self.worker.pid:
+                self.leave_fork(exchange)
+            if exchange.errors.partial:
+                exchange.errors.flush()
+            if hooks and "post_request" in hooks:
+                self.send_ready()
+                hooks["post_request"](exchange)
+        except ChannelError:
+            pass  # uringd has gone
+        self.forget(exchange)
+        self.flush()
+        if self.closed:
+            self.call_soon(self.finish_if_idle)
+
+    def forget(self, exchange):
+        self.exchanges.pop(exchange.id, None)
+        if exchange.body_file is not None:
+            exchange.body_file.close()
+            exchange.body_file = None
+
+    def end(self):
+        """Nothing more begins. What runs is finished, and uringd then ends the channel."""
+        if not self.ending:
+            self.ending = True
+            if self.app is not None:
+                self.call_soon(self.take_leave)
+
+    def take_leave(self):
+        self.put(pack_header(0, 0, RETURN))
+        while self.waiting:
+            self.give_back(self.waiting.popleft())
+
+    def finish_if_idle(self):
+        if not self.exchanges:
+            self.finish()
+
+    def lose(self):
+        """uringd has ended the channel: nobody wants an answer any more, but what runs may finish
+        what it is at.
+        """
+        self.stop_reading()
+        self.ending = self.closed = True
+        self.unsent = b""
+        self.out.clear()
+        self.waiting.clear()
+        self.call_soon(self.finish_if_idle)
+        for exchange in list(self.exchanges.values()):
+            exchange.gone = True
+            if exchange.runner is None:
+                self.forget(exchange)
+            else:
+                self.wake(exchange)
+
+
+def fill_environ(environ, data):
+    environ.update(loads(data))
+
+
+def check_gevent():
+    from importlib.util import find_spec
+
+    if find_spec("gevent") is None:
+        python = sys.executable or "this interpreter"
+        raise LoadError(
+            "--worker-class gevent: gevent is not installed for %s (%s)\n"
+            "hint: %s -m pip install gevent, or give its interpreter with --python"
+            % (python, interpreter()["python"], python)
+        )
+
+
+def patch_for_gevent():
+    """Has the standard library wait with gevent, before anything of the application is imported."""
+    import gevent
+    from gevent import monkey
+
+    if monkey.is_module_patched("socket"):
+        gevent.reinit()  # by the zygote, for an application that it has loaded
+    else:
+        monkey.patch_all()
+
+
+class GeventChannel(MultiplexedChannel):
+    """Requests on greenlets of gevent, which take turns on the hub of the main thread.
+
+    `read`, `send_ready` and `run_waiting` run in the hub itself, so they never wait. A greenlet
+    runs requests one after the other for as long as none of them waits for anything. Once one has,
+    the greenlet ends with it: so nothing that it leaves behind, a timeout or a local, reaches
+    another request that is not as quick as itself. To begin a greenlet costs as much as a quick
+    request.
+    """
+
+    def __init__(self, worker, data_fd, fds_fd, page_fd):
+        super().__init__(worker, data_fd, fds_fd, page_fd)
+        self.running = self.idle = self.forker = None
+        self.getcurrent = lambda: None
+        self.slice_until = 0.0
+        self.readable = self.writable = None
+        self.writable_watched = False
+
+    def run(self, app):
+        import gevent
+        from gevent.event import Event
+
+        self.Event, self.sleep, self.over = Event, gevent.sleep, Event()
+        self.getcurrent = gevent.getcurrent
+        self.hub = gevent.get_hub()
+        self.loop = self.hub.loop
+        self.Runner, self.Overdue = make_gevent_classes(gevent)
+        self.prepare(app)
+        self.readable = self.loop.io(self.data.fileno(), 1)
+        self.writable = self.loop.io(self.data.fileno(), 2)
+        self.readable.start(self.guard, self.read)
+        self.wake_on_signals()
+        if self.ending:
+            self.call_soon(self.take_leave)
+        while not self.over.is_set():
+            try:
+                self.over.wait()
+            except BaseException as error:
+                # gevent brings what ends a process, raised in any greenlet, here.
+                if os.getpid() != self.worker.pid:
+                    leave_forked_child(error)
+                write_stderr("the application ends its worker\n" + format_error(error))
+                self.worker.end(exit_status(error))
+        self.close()
+        self.worker.end()
+
+    def wake_on_signals(self):
+        """Python runs its handlers between two of its instructions, and the hub may be about to
+        sleep for long after its last.
+        """
+        woken, wake = os.pipe()
+        for fd in (woken, wake):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        self.signalled = self.loop.io(woken, 1)
+        self.signalled.start(os.read, woken, 512)
+
+    def guard(self, function):
+        """What the hub calls: an error there is uringd's frame or a mistake of this file."""
+        try:
+            function()
+        except BaseException as error:
+            if os.getpid() != self.worker.pid:
+                leave_forked_child(error)
+            write_stderr(
+                "uringd worker %d: the channel failed\n%s"
+                % (os.getpid(), format_error(error, True))
+            )
+            self.worker.end(EXIT_GARBAGE)
+            self.finish()
+
+    def call_soon(self, function):
+        if thread_ident() == self.thread:
+            self.loop.run_callback(self.guard, function)
+        else:
+            self.loop.run_callback_threadsafe(self.guard, function)
+
+    def await_room(self):
+        if not self.writable_watched:
+            self.writable_watched = True
+            self.writable.start(self.guard, self.room_came)
+
+    def room_came(self):
+        if self.send_rest() and self.writable_watched:
+            self.writable_watched = False
+            self.writable.stop()
+
+    def run_waiting(self):
+        """In the hub: begins what waits, until it is time for others."""
+        clock, waiting = time.perf_counter, self.waiting
+        now = clock()
+        turn_until = now + TURN_SECONDS
+        while waiting and now < turn_until:
+            # What is answered meanwhile need not ask to be sent.
+            self.send_is_due = True
+            self.slice_until = now + SLICE_SECONDS
+            runner, self.idle = self.idle, None
+            if runner is None or runner.dead:
+                runner = self.Runner(self)
+            self.running = runner
+            runner.switch()
+            self.running = None
+            self.send_ready()
+            now = clock()
+        if waiting:
+            self.call_soon(self.run_waiting)
+
+    def run_one_by_one(self, runner):
+        """A greenlet's life."""
+        waiting, clock = self.waiting, time.perf_counter
+        while True:
+            while waiting:
+                exchange = waiting.popleft()
+                exchange.runner = runner
+                self.serve_one(exchange)
+                if self.running is not runner or self.closed:
+                    return
+                # Nothing may hold what was answered last.
+                exchange = None
+                if clock() > self.slice_until:
+                    break
+            self.idle = runner
+            self.hub.switch()
+
+    def wake(self, exchange):
+        if exchange.credited is not None:
+            exchange.credited.set()
+
+    def cancel(self, exchange):
+        """In the hub: the greenlet goes on here and now, with an exception."""
+        exchange.runner.throw(self.Overdue("the request takes longer than --timeout"))
+
+    def wait_for_credit(self, exchange):
+        exchange.credited = self.Event()
+        try:
+            exchange.credited.wait()
+        finally:
+            exchange.credited = None
+
+    def give_way(self, seconds=0):
+        self.sleep(seconds)
+
+    def stop_reading(self):
+        if self.readable is not None:
+            self.readable.stop()
+
+    def finish(self):
+        self.over.set()
+
+    def leave_fork(self, exchange):
+        """In a child that the application forked, where all greenlets go on: the one that forked it
+        has come back to us, or another one has that has no business there.
+        """
+        if exchange.runner is self.forker:
+            leave_forked_child()
+        raise ChannelError
+
+    def close(self):
+        self.closed = True
+        if os.getpid() != self.worker.pid:
+            self.forker = self.getcurrent()
+        for watcher in (self.readable, self.writable):
+            if watcher is not None:
+                watcher.stop()
+        super().close()
+
+
+def make_gevent_classes(gevent):
+    """Classes of classes that are only there once gevent is imported."""
+
+    class Runner(gevent.Greenlet):
+        def __init__(self, channel):
+            super().__init__()
+            self.channel = channel
+
+        def _run(self):
+            self.channel.run_one_by_one(self)
+
+    class Overdue(gevent.GreenletExit):
+        pass
+
+    return Runner, Overdue
+
+
 # A worker process.
 
 
@@ -897,8 +1423,10 @@ class Worker:
         self.zygote, self.start, self.id = zygote, zygote.start, id
         self.pid, self.hooks, self.status = os.getpid(), {}, 0
         self.forking = threading.local()  # the signal mask to go back to after a fork
+        self.on_greenlets = self.start.get("worker_class") == "gevent"
+        kind = GeventChannel if self.on_greenlets else Channel
         self.channels = [
-            Channel(self, *descriptors[at : at + 3]) for at in range(0, len(descriptors), 3)
+            kind(self, *descriptors[at : at + 3]) for at in range(0, len(descriptors), 3)
         ]
 
     def run(self):
@@ -918,6 +1446,8 @@ class Worker:
         config = self.zygote.config
         gunicorn = config and config.booting
         try:
+            if self.on_greenlets:
+                patch_for_gevent()
             if config:
                 gunicorn.pid = self.pid
                 config.call("post_fork", config.server, gunicorn)
@@ -970,7 +1500,7 @@ class Worker:
         environ.update(
             {
                 "wsgi.version": (1, 0),
-                "wsgi.multithread": len(self.channels) > 1,
+                "wsgi.multithread": len(self.channels) > 1 or self.on_greenlets,
                 "wsgi.run_once": False,
                 "wsgi.input": None,
                 "wsgi.input_terminated": True,
@@ -1695,7 +2225,9 @@ class Zygote:
                 raise LoadError(
                     "this worker runs WSGI applications only\nhint: leave --interface asgi out"
                 )
-            if start.get("worker_class") not in (None, "sync", "gthread"):
+            if start.get("worker_class") == "gevent":
+                check_gevent()
+            elif start.get("worker_class") not in (None, "sync", "gthread"):
                 raise LoadError(
                     "this worker has no worker class %r\n"
                     "hint: leave --worker-class out: requests run on "
@@ -1712,6 +2244,8 @@ class Zygote:
                     hooks.call("on_starting", hooks.server)
             parse_target(start["app"])
             if start.get("preload"):
+                if start.get("worker_class") == "gevent":
+                    patch_for_gevent()
                 self.app = self.load()
                 threads = thread_count()
         except BaseException as error:
@@ -1778,7 +2312,7 @@ class Zygote:
         """Waits for records and for children; returns a Worker in the child, None at the end of the
         control socket.
         """
-        poll = select.poll()
+        poll = real_poll()
         poll.register(self.control, select.POLLIN)
         poll.register(self.wake, select.POLLIN)
         per_worker = 3 * int(self.start.get("threads") or 1)
@@ -1817,7 +2351,7 @@ class Zygote:
                 if stream is not None:
                     stream.flush()  # or both processes would write what is in the buffer
             try:
-                pid, error = os.fork(), None
+                pid, error = real_fork(), None
             except OSError as failure:
                 pid, error = None, str(failure)
         if pid == 0:
@@ -1838,7 +2372,7 @@ class Zygote:
     def reap(self):
         while self.workers:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status = real_waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
@@ -1874,7 +2408,7 @@ class Zygote:
                 again = now + 1
             self.reap()
             if self.workers:
-                time.sleep(0.01)
+                real_sleep(0.01)
 
     def signal_workers(self, signum):
         for pid in self.workers:
