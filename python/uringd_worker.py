@@ -96,14 +96,15 @@ real_socket, real_poll, real_fork, real_waitpid = socket.socket, select.poll, os
 real_sleep, thread_ident = time.sleep, threading.get_ident
 
 
-EVERY_REQUEST = (
+# What an environ's first places mean: docs/worker-protocol.md.
+PLACES = (
     "REQUEST_METHOD",
     "PATH_INFO",
     "QUERY_STRING",
     "SERVER_PROTOCOL",
     "REQUEST_URI",
-    "RAW_URI",
     "REMOTE_ADDR",
+    "REMOTE_PORT",
     "uringd.request_id",
     "uringd.queue_seconds",
     "uringd.deadline",
@@ -670,7 +671,7 @@ class Channel:
 
     def serve(self, app):
         """The hot loop: one recv, one loads, one copy and update and one send; everything rare is
-        elsewhere. docs/worker-protocol.md has the places of the tuple.
+        elsewhere. The tuple is PLACES, and what not every request has.
         """
         worker, page, out, lock = self.worker, self.page, self.out, self.lock
         receive, send, clock, join = self.data.recv, self.data.sendall, time.perf_counter, b"".join
@@ -1205,7 +1206,15 @@ class MultiplexedChannel(Channel):
 
 
 def fill_environ(environ, data):
-    environ.update(loads(data))
+    """What Channel.serve has in line."""
+    *fixed, more = loads(data)
+    if len(fixed) != len(PLACES):
+        raise ValueError("an environ of uringd has %d places" % len(fixed))
+    environ.update(zip(PLACES, fixed))
+    environ["RAW_URI"] = environ["REQUEST_URI"]
+    if not environ["REMOTE_PORT"]:
+        del environ["REMOTE_PORT"]
+    environ.update(more)
 
 
 def check_gevent():
@@ -1496,7 +1505,8 @@ class Worker:
         }
         environ.update(self.start.get("base") or {})
         # The keys that every request has are there already, so that none of its copies has to grow.
-        environ.update(dict.fromkeys(EVERY_REQUEST, ""))
+        environ.update(dict.fromkeys(PLACES, ""), RAW_URI="")
+        del environ["REMOTE_PORT"]  # which a client behind a unix socket has not
         environ.update(
             {
                 "wsgi.version": (1, 0),

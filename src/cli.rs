@@ -23,6 +23,8 @@ use crate::{
 
 /// Of a head, what is neither its request line nor its longest field.
 const HEAD_REST_BYTES: usize = 4 << 10;
+/// Requests that a process of class gevent runs at a time, when nothing is said. gunicorn's worker_connections says 1,000 too.
+const GREENLETS: usize = 1000;
 
 const ABOUT: &str = "\
 A Linux-native HTTP server: one io_uring ring per core receives and sends, and only complete requests reach the \
@@ -266,9 +268,13 @@ pub struct Options {
     /// What the application is, when its looks would say something else: wsgi
     #[arg(long, value_name = "NAME", env = "URINGD_INTERFACE", help_heading = "Python")]
     pub interface: Option<String>,
-    /// gunicorn's name for how requests run: sync or gthread; both are --threads here
+    /// How requests run: on --threads (sync and gthread, as gunicorn calls them), or gevent: many at a time in each process,
+    /// each on a greenlet
     #[arg(short = 'k', long, value_name = "NAME", env = "URINGD_WORKER_CLASS", help_heading = "Python")]
     pub worker_class: Option<String>,
+    /// Requests that a process of class gevent runs at a time; more wait, or go to another [default: 1000]
+    #[arg(long, value_name = "N", env = "URINGD_GREENLETS", help_heading = "Python")]
+    pub greenlets: Option<usize>,
     /// Relax one rule of the strict request profile: double-slash, host-missing, https-target, underscore-headers; repeatable
     #[arg(long, value_name = "RULE", env = "URINGD_PERMIT", value_delimiter = ',', help_heading = "Limits")]
     pub permit: Vec<String>,
@@ -374,7 +380,7 @@ impl Options {
             connection_life limit_response_spool limit_spool spool_dir limit_per_ip
             forwarded_allow_ips forwarded_hops forwarded_fields proxy_protocol proxy_allow_from
             workers threads python chdir pythonpath preload max_requests max_requests_jitter max_rss max_age interface
-            worker_class user group umask pid unix_socket_perms server_header host port script_name url_scheme server_name
+            worker_class greenlets user group umask pid unix_socket_perms server_header host port script_name url_scheme server_name
             config;
             bind permit env;
             check doctor call
@@ -394,9 +400,17 @@ impl Options {
             }
             Some(other) => return usage(format!("--interface {other}: try wsgi")),
         }
-        match self.worker_class.as_deref().map(class_name) {
-            None | Some("sync" | "gthread") => {}
-            Some(other) => return usage(format!("--worker-class {other} is not available; try: --threads 8, which is gunicorn's gthread")),
+        let greenlets = match self.worker_class.as_deref().map(class_name) {
+            None | Some("sync" | "gthread") => None,
+            Some("gevent" | "gevent_pywsgi" | "gevent_wsgi") => Some(self.greenlets.unwrap_or(GREENLETS)),
+            Some(class @ ("eventlet" | "tornado")) => {
+                let why = if class == "eventlet" { "its makers advise against it" } else { "tornado runs applications of its own kind" };
+                return usage(format!("--worker-class {class} is not available: {why}; try: --worker-class gevent, or --threads 8"));
+            }
+            Some(other) => return usage(format!("--worker-class {other} is not available; try: gevent, or --threads 8, which is gthread")),
+        };
+        if greenlets == Some(0) {
+            return usage("--greenlets 0: try 1 or more".to_owned());
         }
         let said = concurrency.filter(|_| self.workers.is_none());
         let concurrency = said.map(|text| text.parse().map_err(|_| Usage(format!("WEB_CONCURRENCY={text} is no number")))).transpose()?;
@@ -417,6 +431,7 @@ impl Options {
             interpreter: self.interpreter(),
             workers,
             threads,
+            greenlets,
             chdir: self.chdir.clone(),
             pythonpath: self
                 .pythonpath
@@ -818,10 +833,25 @@ mod tests {
         assert_eq!((app.workers, app.threads, app.preload, app.max_requests), (Some(3), 4, true, 9));
         assert_eq!((app.env["A"].as_str(), app.env["D"].as_str(), app.pythonpath), ("b=c", "", vec!["x".to_owned(), "y".to_owned()]));
         assert_eq!(parse("").python_app("a:b", Some("7")).expect("valid").workers, Some(7));
-        for bad in ["-w 0", "--threads 0", "--threads 65", "-k tornado", "--interface asgi", "-e A"] {
+        for bad in ["-w 0", "--threads 0", "--threads 65", "-k asgi", "--interface asgi", "-e A"] {
             assert!(parse(bad).python_app("a:b", None).is_err(), "{bad}");
         }
         assert!(parse("").python_app("a:b", Some("many")).is_err());
+    }
+
+    #[test]
+    fn the_class_gevent_runs_many_requests_at_a_time_and_others_of_its_kind_are_refused_in_words() {
+        let greenlets = |text: &str| parse(text).python_app("a:b", None).map(|app| app.greenlets).map_err(|usage| usage.0);
+        assert_eq!(greenlets("-k gthread --greenlets 5"), Ok(None));
+        for class in ["gevent", "gevent_pywsgi"] {
+            assert_eq!(greenlets(&format!("--worker-class {class}")), Ok(Some(1000)));
+            assert_eq!(greenlets(&format!("-k {class} --greenlets 5")), Ok(Some(5)));
+        }
+        assert!(greenlets("-k gevent --greenlets 0").is_err());
+        for class in ["eventlet", "tornado"] {
+            let why = greenlets(&format!("-k {class}")).expect_err("not available");
+            assert!(why.contains(class) && why.ends_with("try: --worker-class gevent, or --threads 8"), "{why}");
+        }
     }
 
     #[test]

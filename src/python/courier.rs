@@ -68,7 +68,7 @@ const BATCH_BYTES: usize = 64 << 10;
 /// A waiting courier looks up this often: at deadlines, clients that went away, and requests that others could serve.
 const STEP: Duration = Duration::from_millis(50);
 /// However often it asks for more time, a request is over after this long.
-const RUN_MAX: Micros = 3_600_000_000;
+pub(super) const RUN_MAX: Micros = 3_600_000_000;
 
 /// A [`Worker::status`] before the worker's end is known.
 pub const STATUS_UNKNOWN: i32 = -1;
@@ -166,6 +166,8 @@ pub struct Shared {
     /// CLOCK_MONOTONIC at the clock's zero, in seconds.
     pub monotonic_zero: f64,
     pub run: Micros,
+    /// How long a worker that is to go may take to finish what it has.
+    pub drain: Micros,
     pub permit: Permit,
     /// The counters of each core.
     pub stats: Vec<Arc<Stats>>,
@@ -607,6 +609,7 @@ impl Courier {
                 return Ok(Then::NextEvent);
             }
             Event::Piece(_) | Event::End { .. } => return Err(Violation("a piece of an answer that was not begun")),
+            Event::Pong(_) | Event::Return => return Err(Violation("a frame that belongs to another kind of channel")),
             Event::Ready(_) | Event::Failed(_) => return Ok(Then::NextEvent),
         };
         if let Some(errand) = first.errand.take() {
@@ -782,25 +785,25 @@ impl Courier {
 }
 
 /// Safe to give to a second worker when the first may have begun it (RFC 9110 section 9.2.2).
-fn may_be_repeated(errand: &Errand) -> bool {
+pub(super) fn may_be_repeated(errand: &Errand) -> bool {
     matches!(errand.exchange.request().method(), "GET" | "HEAD" | "OPTIONS" | "TRACE" | "PUT" | "DELETE")
 }
 
 /// Makes request ids: the start of the process, the courier, and a number that counts.
-struct RequestId {
+pub(super) struct RequestId {
     text: [u8; 20],
     count: u32,
 }
 
 impl RequestId {
-    fn new(start: u32, courier: u32) -> RequestId {
+    pub(super) fn new(start: u32, courier: u32) -> RequestId {
         let mut text = [b'0'; 20];
         hex(&mut text[..8], start);
         hex(&mut text[8..12], courier);
         RequestId { text, count: 0 }
     }
 
-    fn next(&mut self) -> &str {
+    pub(super) fn next(&mut self) -> &str {
         self.count = self.count.wrapping_add(1);
         hex(&mut self.text[12..], self.count);
         std::str::from_utf8(&self.text).unwrap_or_default()

@@ -52,6 +52,8 @@ const READY: u8 = 6;
 const FAILED: u8 = 7;
 const HINTS: u8 = 8;
 const EXTEND: u8 = 9;
+const PONG: u8 = 10;
+const RETURN: u8 = 11;
 
 /// What uringd tells an application about a request beside the request itself.
 #[derive(Clone, Copy, Debug)]
@@ -90,6 +92,28 @@ pub fn request(out: &mut Vec<u8>, id: u32, request: &Request<'_>, facts: Facts<'
     header[9] = flags;
     header[12..].copy_from_slice(&(environ_bytes as u32).to_le_bytes());
     left_out
+}
+
+/// What is said to a worker that has many requests at a time, about one of them or all. Each is a frame of one number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Word {
+    /// So many more bytes of its body will be taken in.
+    Credit = 2,
+    /// Its client is gone.
+    Gone = 3,
+    /// Its time is over: it is to be ended.
+    Cancel = 4,
+    /// To be answered with the same number.
+    Ping = 5,
+}
+
+/// Appends the frame of a word.
+pub fn word(out: &mut Vec<u8>, id: u32, word: Word, number: u32) {
+    out.extend_from_slice(&4_u32.to_le_bytes());
+    out.extend_from_slice(&id.to_le_bytes());
+    out.extend_from_slice(&[word as u8, 0, 0, 0]);
+    out.extend_from_slice(&number.to_le_bytes());
 }
 
 /// A key of the dict, interned, as a constant: marshal's `Z`, one byte of length, ASCII.
@@ -372,6 +396,10 @@ pub enum Event<'a> {
     Hints(&'a [u8]),
     /// So many milliseconds more, from now on.
     Extend(u32),
+    /// The answer to a ping of this number.
+    Pong(u32),
+    /// The application has not seen this request, and will not; of id 0, it will see no more of them.
+    Return,
 }
 
 /// Takes a worker's bytes and finds the frames in them.
@@ -513,8 +541,8 @@ impl Header {
             PIECE => true,
             BEGIN | HINTS => (4..=4 + HEAD_BYTES_MAX).contains(&header.length),
             FILE => (20..=20 + HEAD_BYTES_MAX).contains(&header.length),
-            END => header.length == 0,
-            EXTEND => header.length == 4,
+            END | RETURN => header.length == 0,
+            EXTEND | PONG => header.length == 4,
             READY | FAILED => header.length <= TEXT_BYTES_MAX,
             _ => return Err(Violation("a frame of no known type")),
         };
@@ -564,12 +592,15 @@ fn event(header: Header, payload: &[u8]) -> Result<Event<'_>, Violation> {
         END => Event::End { whole: header.flags & FLAG_FAILED == 0 },
         READY => Event::Ready(payload),
         FAILED => Event::Failed(payload),
-        EXTEND => {
-            let bytes = payload.first_chunk::<4>().ok_or(Violation("a deadline without its time"))?;
-            Event::Extend(u32::from_le_bytes(*bytes))
-        }
+        EXTEND => Event::Extend(number(payload)?),
+        PONG => Event::Pong(number(payload)?),
+        RETURN => Event::Return,
         _ => return Err(Violation("a frame of no known type")),
     })
+}
+
+fn number(payload: &[u8]) -> Result<u32, Violation> {
+    payload.first_chunk::<4>().map(|bytes| u32::from_le_bytes(*bytes)).ok_or(Violation("a frame without its number"))
 }
 
 fn split_head(payload: &[u8]) -> Result<(&[u8], &[u8]), Violation> {

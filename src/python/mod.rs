@@ -8,7 +8,8 @@
 //! ```
 //!
 //! [`PythonApp`] says what to run. [`Workers`] runs it: one thread, the supervisor, owns the zygote and decides which
-//! process serves a *slot*; `courier.rs` moves the requests; `frames.rs` knows the bytes; `zygote.rs` the process.
+//! process serves a *slot*; `courier.rs` moves the requests, or `multiplexer.rs` when a worker runs many at a time;
+//! `frames.rs` knows the bytes; `zygote.rs` the process.
 //!
 //! A slot has at most one worker that serves. Its successor is forked beside it and takes over once it is ready,
 //! so recycling costs no request, and no two slots are recycled at a time. A worker that dies is replaced at once
@@ -20,6 +21,7 @@
 
 pub mod courier;
 pub mod frames;
+pub mod multiplexer;
 pub mod zygote;
 
 use std::{
@@ -46,11 +48,14 @@ use rustix::{
 use self::{
     courier::{Courier, Link, Order, Report, Reporter, STATUS_UNKNOWN, Shared, Worker},
     frames::{Event, Reader},
+    multiplexer::Multiplexer,
     zygote::{About, Channel, News, Zygote},
 };
 use crate::{
     config::{Config, quoted},
+    driver::waker::Waker,
     error::{Error, Result},
+    exchange::Micros,
     pool::{Clock, Pools},
     shard::{Control, engine::Life},
     stats::Stats,
@@ -80,6 +85,8 @@ pub struct PythonApp {
     pub workers: Option<usize>,
     /// Threads of each process.
     pub threads: usize,
+    /// Requests run on greenlets of gevent instead, in one thread of each process: so many of them at a time.
+    pub greenlets: Option<usize>,
     pub chdir: Option<PathBuf>,
     /// Where modules are looked for first.
     pub pythonpath: Vec<String>,
@@ -114,6 +121,7 @@ impl PythonApp {
             interpreter: find_interpreter(None),
             workers: None,
             threads: 1,
+            greenlets: None,
             chdir: None,
             pythonpath: Vec::new(),
             env: BTreeMap::new(),
@@ -177,6 +185,13 @@ impl fmt::Display for PythonApp {
     }
 }
 
+impl PythonApp {
+    /// How many channels each process has.
+    fn channels(&self) -> usize {
+        if self.greenlets.is_some() { 1 } else { self.threads }
+    }
+}
+
 /// The interpreter of the virtual environment that is active, or that lies in the application's directory; else the
 /// one that `python3` means.
 pub fn find_interpreter(chdir: Option<&Path>) -> PathBuf {
@@ -228,13 +243,17 @@ impl Workers {
             pools,
             clock,
             monotonic_zero: monotonic() - clock.now() as f64 / 1e6,
-            run: config.timeouts.run.as_micros().min(u128::from(u64::MAX / 4)) as u64,
+            run: micros(config.timeouts.run),
+            drain: micros(config.timeouts.drain),
             permit: config.permit,
             stats: stats.to_vec(),
             start: (random ^ random >> 32) as u32 ^ std::process::id().rotate_left(16),
             stopping: AtomicBool::new(false),
             reporter: reporter.clone(),
         });
+        if app.greenlets.is_some() && app.threads > 1 {
+            tracing::warn!("greenlets share one thread, so --threads is not used; try: more --workers for more CPUs");
+        }
         let count = app.workers.unwrap_or(cpus.len());
         let name = app.app.clone();
         let base = base(&app, addresses);
@@ -280,7 +299,8 @@ impl Workers {
         supervisor.starting = false;
         let about = supervisor.about.clone().unwrap_or_default();
         let interface = about.interface.as_deref().unwrap_or("wsgi");
-        let description = format!("app {name} ({interface})");
+        let class = if supervisor.app.greenlets.is_some() { ", gevent" } else { "" };
+        let description = format!("app {name} ({interface}{class})");
         tracing::debug!(python = about.python, implementation = about.implementation, "the Python workers are ready");
         let thread = thread::Builder::new().name("supervisor".to_owned()).spawn(move || supervisor.run()).map_err(cannot_start)?;
         Ok(Workers { reporter, supervisor: thread, shared, count, description })
@@ -307,6 +327,10 @@ impl Workers {
 
 fn cannot_start(source: io::Error) -> Error {
     Error::Start { what: "what looks after the Python workers", source }
+}
+
+fn micros(duration: Duration) -> Micros {
+    duration.as_micros().min(u128::from(u64::MAX / 4)) as Micros
 }
 
 /// CLOCK_MONOTONIC in seconds, as Python's `time.monotonic` tells it.
@@ -365,7 +389,7 @@ struct Supervisor {
 
 /// The place of one worker.
 struct Slot {
-    orders: Vec<Sender<Order>>,
+    orders: Vec<Orders>,
     couriers: Vec<JoinHandle<()>>,
     current: Option<Arc<Worker>>,
     /// Workers in a row that served nobody.
@@ -375,6 +399,21 @@ struct Slot {
     /// A successor is wanted, although there is a worker.
     recycle: bool,
     closed: bool,
+}
+
+/// Where the orders for a courier, or for a multiplexer, are put.
+struct Orders {
+    orders: Sender<Order>,
+    /// A multiplexer waits for other things too.
+    bell: Option<Waker>,
+}
+
+impl Orders {
+    fn send(&self, order: Order) {
+        // Its thread may have ended already.
+        let _ = self.orders.send(order);
+        self.bell.iter().for_each(Waker::wake);
+    }
 }
 
 struct Pending {
@@ -529,7 +568,7 @@ impl Supervisor {
             served_max: if self.app.max_requests == 0 { 0 } else { self.app.max_requests + jitter },
             used: AtomicBool::new(false),
         };
-        match zygote.fork(id, self.app.threads) {
+        match zygote.fork(id, self.app.channels()) {
             Ok(channels) => self.pending.push(Pending { worker: Arc::new(worker), channels, reader: Reader::new() }),
             Err(error) => {
                 tracing::error!(%error, "a worker could not be forked");
@@ -578,7 +617,7 @@ impl Supervisor {
         let Pending { worker, channels, .. } = pending;
         let slot = &mut self.slots[worker.slot];
         for (orders, channel) in slot.orders.iter().zip(channels) {
-            let _ = orders.send(Order::Link(Link { channel, worker: worker.clone() }));
+            orders.send(Order::Link(Link { channel, worker: worker.clone() }));
         }
         slot.recycle = false;
         if let Some(old) = slot.current.replace(worker) {
@@ -679,7 +718,7 @@ impl Supervisor {
         self.lost.retain(|worker| Arc::strong_count(worker) > 1);
         self.lost.push(worker.clone());
         for orders in &slot.orders {
-            let _ = orders.send(Order::Drop(worker.id));
+            orders.send(Order::Drop(worker.id));
         }
         if worker.served.load(Ordering::Relaxed) > 0 {
             slot.failures = 0;
@@ -739,24 +778,32 @@ impl Supervisor {
         let index = self.slots.len();
         let core = index % self.cpus.len();
         let (mut orders, mut couriers) = (Vec::new(), Vec::new());
-        for thread in 0..self.app.threads {
-            let (sender, taken) = unbounded();
-            let (shared, cpu) = (self.shared.clone(), self.cpus[core]);
-            let number = self.couriers;
-            self.couriers += 1;
-            let work = move || {
-                core_affinity::set_for_current(cpu);
-                Courier::new(shared, core, number, taken).run();
-            };
-            match thread::Builder::new().name(format!("courier-{index}.{thread}")).spawn(work) {
-                Ok(courier) => {
-                    orders.push(sender);
+        for thread in 0..self.app.channels() {
+            match self.start_courier(core, format!("courier-{index}.{thread}")) {
+                Ok((way, courier)) => {
+                    orders.push(way);
                     couriers.push(courier);
                 }
                 Err(error) => tracing::error!(%error, "a thread for a worker could not be started; try: a higher limit (ulimit -u)"),
             }
         }
         self.slots.push(Slot { orders, couriers, current: None, failures: 0, fork_at: None, recycle: false, closed: false });
+    }
+
+    fn start_courier(&mut self, core: usize, name: String) -> io::Result<(Orders, JoinHandle<()>)> {
+        let (orders, taken) = unbounded();
+        let (shared, cpu, number) = (self.shared.clone(), self.cpus[core], self.couriers);
+        self.couriers += 1;
+        let many = self.app.greenlets.map(|limit| Waker::new().map(|bell| (bell, limit))).transpose()?;
+        let bell = many.as_ref().map(|(bell, _)| bell.clone());
+        let work = move || {
+            core_affinity::set_for_current(cpu);
+            match many {
+                Some((bell, limit)) => Multiplexer::new(shared, core, number, taken, bell, limit).run(),
+                None => Courier::new(shared, core, number, taken).run(),
+            }
+        };
+        Ok((Orders { orders, bell }, thread::Builder::new().name(name).spawn(work)?))
     }
 
     fn remove_slot(&mut self) {
@@ -767,7 +814,7 @@ impl Supervisor {
         let index = self.slots.iter().rposition(|slot| !slot.closed).expect("counted above");
         let slot = &mut self.slots[index];
         slot.closed = true;
-        slot.orders.drain(..).for_each(|orders| drop(orders.send(Order::Stop)));
+        slot.orders.drain(..).for_each(|orders| orders.send(Order::Stop));
         if let Some(worker) = slot.current.take() {
             self.retired.push((worker, None));
         }
@@ -809,7 +856,7 @@ impl Supervisor {
 
     fn end(self) {
         for slot in &self.slots {
-            slot.orders.iter().for_each(|orders| drop(orders.send(Order::Stop)));
+            slot.orders.iter().for_each(|orders| orders.send(Order::Stop));
         }
         for slot in self.slots {
             slot.couriers.into_iter().for_each(|courier| drop(courier.join()));
