@@ -23,7 +23,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::support::{Client, End, Random, Server, for_each_backend, get};
+use crate::support::{Client, End, PATIENCE, Random, Server, for_each_backend, get};
 
 /// Groups that can be judged from their bytes alone.
 const GROUPS: [&str; 5] = ["RL", "HD", "CL", "TE", "CK"];
@@ -172,6 +172,8 @@ fn judge(server: &Server, case: &Case, pieces: &[&[u8]]) -> Result<(), String> {
 }
 
 /// Sends the case, then (where the connection must stay open) a probe. The answers, and whether it was closed.
+///
+/// What must come is waited for as long as a busy machine may take: an answer, the probe's answer, or the end.
 fn exchange(server: &Server, case: &Case, pieces: &[&[u8]]) -> (Vec<Answer>, bool) {
     let mut client = server.connect();
     // Refused while still sending: what was answered may still be there to read.
@@ -180,21 +182,19 @@ fn exchange(server: &Server, case: &Case, pieces: &[&[u8]]) -> (Vec<Answer>, boo
         client.finish_sending();
     }
     let (mut data, mut probed) = (String::new(), false);
-    let mut patience = Instant::now() + Duration::from_secs(2);
+    let patience = Instant::now() + PATIENCE;
     while Instant::now() < patience {
         match client.end_within(QUIET) {
             End::Eof | End::Reset => return (answers(&data), true),
             End::More(more) => data += &more,
-            End::Open if data.is_empty() => {}
+            End::Open if answers(&data).iter().all(|answer| answer.status < 200) => {}
+            End::Open if case.connection == "any" => break,
             End::Open if case.connection == "keep" && !probed => {
                 probed = true;
                 let _ = client.try_send(get("/probe"));
             }
-            End::Open if probed || case.connection == "any" => break,
+            End::Open if probed && data.contains("/probe") => break,
             End::Open => {}
-        }
-        if !data.is_empty() && !probed {
-            patience = patience.min(Instant::now() + Duration::from_secs(1));
         }
     }
     (answers(&data), false)
