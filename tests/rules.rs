@@ -126,6 +126,9 @@ fn provocations(refusal: Refusal) -> Vec<Provocation> {
         Refusal::TargetHttps => vec![target("https://a/"), target("HTTPS://a:443?x")],
         Refusal::TargetScheme => vec![target("ftp://a/"), target("ws://a/")],
         Refusal::TargetUserinfo => vec![target("http://u@a/"), target("http://u:p@a/")],
+        Refusal::TraceContent => ["Content-Length: 1", "Transfer-Encoding: chunked"]
+            .map(|field| format!("TRACE / HTTP/1.1\r\nHost: a\r\n{field}\r\n\r\n"))
+            .into(),
         Refusal::TrailersTooLarge => vec![chunked(&format!("0\r\n{}\r\n", format!("X: {}\r\n", long(6000)).repeat(3)))],
         Refusal::TransferEncodingBad => {
             ["", "x", "chunked, gzip", "chunked, chunked", "chunked,", "\"chunked\"", "chunked;a", "xchunked", "identity", ",chunked"]

@@ -130,6 +130,8 @@ refusals! {
         "The request target is a URI that is neither http nor https (RFC 9110 section 7.4)."
     TargetUserinfo 400 "target-userinfo"
         "The request target has a user name before its host (RFC 9110 section 4.2.4)."
+    TraceContent 400 "trace-content"
+        "A TRACE request has a body, which it must not have (RFC 9110 section 9.3.8)."
     TrailersTooLarge 431 "trailers-too-large"
         "The trailer fields together are larger than this server accepts (RFC 6585 section 5)."
     TransferEncodingBad 400 "transfer-encoding-bad"

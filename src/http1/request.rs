@@ -73,6 +73,13 @@ pub enum Version {
     Http11,
 }
 
+impl Head {
+    /// Whether a body follows that is not known to be empty.
+    fn has_content(&self) -> bool {
+        !matches!(self.framing, Framing::None | Framing::Length(0))
+    }
+}
+
 impl Span {
     /// Offsets fit into 32 bits because no head is longer; `parse` sees to it.
     pub(super) fn new(start: usize, end: usize) -> Span {
@@ -165,6 +172,10 @@ fn parse_into<'a>(
     let authority = parts.authority.map(|authority| authority.moved_by(head.target.start));
     head.host = meaning.host(authority, version, input, permit)?;
     head.framing = meaning.framing(version, input, limits)?;
+    // "A client MUST NOT send content in a TRACE request" (RFC 9110 section 9.3.8).
+    if head.has_content() && method == "TRACE" {
+        return Err(Refusal::TraceContent);
+    }
     head.forwarding = meaning.forwarding;
     head.keep_alive = match version {
         Version::Http11 => !meaning.close,
@@ -467,8 +478,7 @@ impl Meaning {
         if self.expect_other {
             return Err(Refusal::ExpectationUnknown);
         }
-        let body_follows = !matches!(head.framing, Framing::None | Framing::Length(0));
-        Ok(self.expect_continue && body_follows && head.version == Version::Http11)
+        Ok(self.expect_continue && head.has_content() && head.version == Version::Http11)
     }
 }
 

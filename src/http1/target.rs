@@ -164,7 +164,8 @@ fn is_ipv6(bytes: &[u8]) -> bool {
 /// How many bytes at the beginning are a name; 0 when what is there is not one.
 ///
 /// `reg-name = *( unreserved / pct-encoded / sub-delims )` (RFC 3986 section 3.2.2), made of labels that are not empty,
-/// as in the DNS; one dot may end it. An IPv4 address is such a name, too.
+/// as in the DNS; one dot may end it. An IPv4 address is such a name, too. Of `sub-delims` the comma is left out: what it
+/// separates are two Host fields that somebody in between made one (RFC 9110 section 5.3).
 fn name_length(bytes: &[u8]) -> usize {
     // As if a dot stood before the first byte: a label must not be empty.
     let mut before = DOT;
@@ -195,7 +196,7 @@ const LETTER: u8 = 1;
 const PERCENT: u8 = 2;
 const DOT: u8 = 4;
 
-/// `unreserved`, `sub-delims` and the percent sign; 0 for what no name has.
+/// `unreserved`, `sub-delims` but the comma, and the percent sign; 0 for what no name has.
 static KINDS: [u8; 256] = {
     let mut table = [0; 256];
     let mut byte = 0;
@@ -205,7 +206,7 @@ static KINDS: [u8; 256] = {
         }
         byte += 1;
     }
-    let others = b"-_~!$&'()*+,;=";
+    let others = b"-_~!$&'()*+;=";
     let mut index = 0;
     while index < others.len() {
         table[others[index] as usize] = LETTER;

@@ -170,6 +170,10 @@ fn read_one(bytes: &[u8], bounds: &Bounds) -> Result<(Request, usize), End> {
         }
     }
 
+    if request.method == b"TRACE" && (content_length > 0 || !codings.is_empty()) {
+        broken.insert(400);
+    }
+
     let options: Vec<Vec<u8>> = values(&request.fields, "connection")
         .iter()
         .flat_map(|value| value.split(|byte| *byte == b',').map(trim).collect::<Vec<_>>())
@@ -453,12 +457,12 @@ fn is_host(bytes: &[u8]) -> bool {
     name.split(|byte| *byte == b'.').all(|label| !label.is_empty() && is_label(label))
 }
 
-/// `*( unreserved / pct-encoded / sub-delims )` without dots.
+/// `*( unreserved / pct-encoded / sub-delims )` without dots and commas.
 fn is_label(mut bytes: &[u8]) -> bool {
     while !bytes.is_empty() {
         bytes = match bytes {
             [b'%', high, low, rest @ ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => rest,
-            [byte, rest @ ..] if byte.is_ascii_alphanumeric() || b"-_~!$&'()*+,;=".contains(byte) => rest,
+            [byte, rest @ ..] if byte.is_ascii_alphanumeric() || b"-_~!$&'()*+;=".contains(byte) => rest,
             _ => return false,
         };
     }
