@@ -374,6 +374,7 @@ fn half_word(bytes: &[u8], at: usize) -> u32 {
 
 impl Meaning {
     /// Names with an underscore never get here by another name: only `-` is `-` (RFC 9110 section 5.1).
+    // Not inlined: the loop that calls it for a few of its fields needs the registers.
     #[inline(never)]
     fn note(&mut self, header: &httparse::Header<'_>, at: Span) -> Result<(), Refusal> {
         let (name, value) = (header.name.as_bytes(), header.value);

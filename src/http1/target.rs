@@ -142,6 +142,7 @@ fn is_plain_piece(piece: [u8; 8]) -> bool {
     (marks | others) & HIGH == HIGH && dots & dots << 8 == 0
 }
 
+// Not inlined: plain names, which nearly all hosts are, need no stack.
 #[inline(never)]
 fn is_any_host(bytes: &[u8]) -> bool {
     match bytes {
