@@ -11,8 +11,9 @@
 //! `limits`, `slow_peer`, `half_close`, `drain`.
 
 use std::{
-    fs, io,
+    env, fs, io,
     path::Path,
+    process::{Command, Stdio},
     sync::{
         Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -45,17 +46,17 @@ struct Case {
 
 #[test]
 fn every_case_is_judged_right_whole() {
-    judge_all(&cases(), Way::Whole);
+    judge_all(&cases(), Way::Whole, "builtin:echo", &[]);
 }
 
 #[test]
 fn every_case_is_judged_right_byte_by_byte() {
-    judge_all(&cases(), Way::Bytes);
+    judge_all(&cases(), Way::Bytes, "builtin:echo", &[]);
 }
 
 #[test]
 fn every_case_is_judged_right_split_at_random() {
-    judge_all(&cases(), Way::Random);
+    judge_all(&cases(), Way::Random, "builtin:echo", &[]);
 }
 
 /// What a refused request is followed by is no request, be it on the wire already.
@@ -65,7 +66,20 @@ fn nothing_behind_a_refused_case_is_served() {
     refused.retain(|case| case.prefer >= 400 && case.connection == "close" && !case.half_close);
     refused.iter_mut().for_each(|case| case.raw.extend(get("/evil").bytes()));
     assert!(refused.len() >= 500, "only {} cases are refused", refused.len());
-    judge_all(&refused, Way::Whole);
+    judge_all(&refused, Way::Whole, "builtin:echo", &[]);
+}
+
+/// With what a WSGI application was given in place of what a handler was given. `URINGD_TEST_PYTHON` names the interpreter.
+#[test]
+fn every_case_is_judged_right_before_a_python_application() {
+    let python = env::var("URINGD_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    if !Command::new(&python).arg("-V").stdout(Stdio::null()).status().is_ok_and(|status| status.success()) {
+        return crate::support::skipped("every_case_is_judged_right_before_a_python_application", "there is no Python");
+    }
+    let apps = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python/apps");
+    for way in [Way::Whole, Way::Bytes, Way::Random] {
+        judge_all(&cases(), way, "conformance:app", &["--python", &python, "--chdir", apps, "--workers", "1"]);
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -75,10 +89,11 @@ enum Way {
     Random,
 }
 
-/// Runs every case against `builtin:echo`, several at once, and fails with the list of those that fail.
-fn judge_all(cases: &[Case], way: Way) {
+/// Runs every case against a target that tells what it was given, several at once, and fails with the list of those that
+/// fail.
+fn judge_all(cases: &[Case], way: Way, target: &str, options: &[&str]) {
     for_each_backend(|backend| {
-        let server = backend.serve("builtin:echo", &[]);
+        let server = backend.serve(target, options);
         let random = Mutex::new(Random::new());
         let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
         thread::scope(|scope| {

@@ -587,8 +587,6 @@ def validated(environ, start_response):
         environ["wsgi.errors"].write("validated\n")
         write = start_response("200 OK", [("Content-Type", "text/plain")])
         return iter([b"valid ", data])
-    # wsgiref insists on these two, which PEP 3333 lets a server leave out or give as it likes.
-    environ.setdefault("CONTENT_TYPE", "text/plain")
     return validator(inner)(environ, start_response)
 
 class Instance:

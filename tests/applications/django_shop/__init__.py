@@ -1,0 +1,1 @@
+"""A Django application for the project that test_django.py starts: ORM, admin, forms, files."""
