@@ -60,9 +60,10 @@ pack_header = struct.Struct("<III").pack
 unpack_u32 = struct.Struct("<I").unpack_from
 unpack_u64 = struct.Struct("<Q").unpack_from
 pack_file = struct.Struct("<QQ").pack
+pack_u32_into = struct.Struct("<I").pack_into
 
 PAGE_BYTES = 4096
-PAGE_GONE, PAGE_END = 0, 4
+PAGE_GONE, PAGE_END, PAGE_BEGUN = 0, 4, 8
 
 # Below malloc's mmap threshold: a larger buffer is mapped and unmapped for every recv, which costs
 # more than the request.
@@ -516,7 +517,9 @@ class Exchange:
             raise AssertionError("the application returned without having called start_response")
         if len(body) > self.whole_bytes_max:
             if self.content_length() is None:
-                self.started[1].append(("Content-Length", str(len(body))))
+                # In a list of our own: the application may give its list again.
+                status, headers = self.started
+                self.started = status, headers + [("Content-Length", str(len(body)))]
             self.begin()
             if not self.bodiless():
                 self.send_piece(body)
@@ -1143,6 +1146,8 @@ class MultiplexedChannel(Channel):
     # The life of an exchange, and of the channel.
 
     def serve_one(self, exchange):
+        # They begin in their order, so this says of each whether it has.
+        pack_u32_into(self.page, PAGE_BEGUN, exchange.id)
         hooks = self.worker.hooks
         try:
             try:

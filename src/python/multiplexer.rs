@@ -24,7 +24,7 @@
 //! |---|---|---|
 //! | takes too long | 504, by the ring thread, and it is cancelled in the worker | nothing |
 //! | and the worker is silent for [`LIFELESS`] | | the worker is replaced: as if it had died |
-//! | the worker dies | the connection ends early when something was sent; else once again when it may be repeated, else 502 | the same |
+//! | the worker dies | an early end when something was sent; to another when not begun; once more when repeatable; else 502 | the same |
 //!
 //! A worker that is to go (it served its number of requests, or is told to end) keeps what it has begun, for as long as a
 //! drain may take, while its successor is given what comes.
@@ -740,15 +740,16 @@ impl Multiplexer {
     fn fall_apart(&mut self, line: Line, why: &Break) {
         let Line { link: Link { worker, channel }, flights, sent_before, sent, .. } = line;
         let sent = sent_before + sent as u64;
-        let mut running = flights.len();
+        let (mut running, begun) = (flights.len(), channel.last_begun());
         let overdue = flights.values().find(|flight| flight.cancelled.is_some()).or_else(|| flights.values().next());
         let request = overdue.map_or_else(String::new, Flight::name);
-        for flight in flights.into_values() {
+        for (id, flight) in flights {
             let Flight { what: What::Errand(mut errand), at, cancelled: None, .. } = flight else {
                 self.abandon(flight);
                 continue;
             };
-            if at >= sent {
+            let is_unbegun = id.wrapping_sub(begun).cast_signed() > 0;
+            if at >= sent || is_unbegun && matches!(why, Break::Died) {
                 running -= 1;
                 self.shared.pools.give_back(errand);
                 continue;

@@ -52,6 +52,8 @@ const PAGE_BYTES: u64 = 4096;
 const PAGE_GONE: u64 = 0;
 /// Where it says that the worker should end.
 const PAGE_END: u64 = 4;
+/// Where a worker that has many requests at a time says which one it began last.
+const PAGE_BEGUN: u64 = 8;
 /// A zygote that was told to end is given this long.
 const END_WAIT: Duration = Duration::from_secs(5);
 /// And gives this to its workers, in seconds. By then no request is left that anybody waits for.
@@ -317,6 +319,12 @@ impl Channel {
     pub fn client_gone(&self, id: u32) {
         // It is a hint: a worker that does not get it works in vain, no more.
         let _ = self.page.write_all_at(&id.to_le_bytes(), PAGE_GONE);
+    }
+
+    /// Which request a worker that has many at a time began last: they begin in their order. 0: none.
+    pub fn last_begun(&self) -> u32 {
+        let mut id = [0; 4];
+        self.page.read_exact_at(&mut id, PAGE_BEGUN).map_or(u32::MAX, |()| u32::from_le_bytes(id))
     }
 
     /// Tells the worker to end after its present request.

@@ -14,6 +14,7 @@ import unittest
 from importlib.util import find_spec
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import channel  # noqa: E402
 from channel import (  # noqa: E402
     BEGIN,
     END,
@@ -23,15 +24,18 @@ from channel import (  # noqa: E402
     PIECE,
     READY,
     RESPONSE,
-    WAIT_SECONDS,
     Answer,
     Zygote,
     alive,
     eventually,
     kill,
     readable,
+    request_environ,
+    request_frame,
 )
 
+# To import gevent takes a second of a CPU that others may want too.
+channel.WAIT_SECONDS = 60.0
 CREDIT, GONE, CANCEL, PING = range(2, 6)
 PONG, RETURN = 10, 11
 WINDOW = 262144
@@ -288,7 +292,7 @@ class Shared:
             size = struct.unpack_from("<I", payload)[0]
             assert len(payload) < WINDOW - 12
             reason, *lines = payload[4 : 4 + size].decode("latin-1")[:-2].split("\r\n")
-            answer.status, answer.reason = status, reason
+            answer.status, answer.reason, answer.body = status, reason, bytearray()
             answer.headers, rest = [tuple(line.split(": ", 1)) for line in lines], payload[
                 4 + size :
             ]
@@ -311,7 +315,7 @@ class Shared:
         return kind, id
 
     def take_until(self, condition):
-        until = time.monotonic() + WAIT_SECONDS
+        until = time.monotonic() + channel.WAIT_SECONDS
         while not condition():
             assert time.monotonic() < until
             self.take()
@@ -381,8 +385,6 @@ class Greenlets(unittest.TestCase):
         self.channel.answer(waiting)
 
     def test_frames_may_come_in_any_cut(self):
-        from channel import request_environ, request_frame
-
         frames = b"".join(
             request_frame(
                 id, request_environ("/echo", "POST", CONTENT_LENGTH="300"), b"%03d" % id * 100
@@ -617,16 +619,16 @@ class Loading(unittest.TestCase):
             self.assertNotIn("warning", zygote_.first["ready"])
             for _ in range(2):
                 pid, (data,) = zygote_.worker()
-                channel = Shared(data)
-                about = json.loads(channel.ask("/about").body)
+                shared = Shared(data)
+                about = json.loads(shared.ask("/about").body)
                 self.assertEqual((about["patched"], about["loaded here"]), (True, False))
                 self.assertEqual(about["seen"], ["background"])
                 begun = time.monotonic()
-                ids = [channel.send("/sleep", query="0.5") for _ in range(50)]
+                ids = [shared.send("/sleep", query="0.5") for _ in range(50)]
                 for id in ids:
-                    channel.answer(id)
+                    shared.answer(id)
                 self.assertLess(time.monotonic() - begun, 15)
-                self.assertEqual(channel.ask("/child").body, b"7")
+                self.assertEqual(shared.ask("/child").body, b"7")
                 data.close()
                 self.assertEqual(zygote_.exit_status(pid), 0)
 

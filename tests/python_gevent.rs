@@ -1,0 +1,671 @@
+//! Python applications on greenlets (`--worker-class gevent`), seen from outside: the real binary, a real gevent.
+//!
+//! gevent is installed into a virtual environment below `target/`, once (`tests/python/gevent-requirements.txt`);
+//! `URINGD_TEST_GEVENT_PYTHON` names an interpreter that has it already. Without either the tests print SKIPPED.
+
+#[path = "python/support.rs"]
+mod support;
+
+use std::{
+    collections::HashSet,
+    env, fs,
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{Shutdown, TcpStream},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        Mutex, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use support::{Answer, PATIENCE, Server, command, is_alive, kill, python, wait_until};
+
+/// The interpreter that has gevent, or `None` and a line that says why not.
+fn green_python(test: &str) -> Option<PathBuf> {
+    static FOUND: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    if let Some(path) = env::var_os("URINGD_TEST_GEVENT_PYTHON") {
+        return Some(PathBuf::from(path));
+    }
+    let python = python(test)?;
+    match FOUND.get_or_init(|| install(&python)) {
+        Ok(path) => Some(path.clone()),
+        Err(why) => {
+            let _ = writeln!(io::stderr(), "SKIPPED {test}: gevent could not be installed: {why}");
+            None
+        }
+    }
+}
+
+/// Makes the virtual environment, unless an earlier run has.
+fn install(python: &Path) -> Result<PathBuf, String> {
+    let requirements = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/gevent-requirements.txt");
+    let wanted = fs::read_to_string(&requirements).expect("the requirements");
+    let run = |command: &mut Command| {
+        let output = command.stdin(Stdio::null()).output().map_err(|error| error.to_string())?;
+        let last = String::from_utf8_lossy(&output.stderr).trim().lines().next_back().unwrap_or("").to_owned();
+        if output.status.success() { Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()) } else { Err(last) }
+    };
+    let version = run(Command::new(python).args(["-c", "import sys; print(sys.implementation.cache_tag)"]))?;
+    let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("gevent-{version}"));
+    let (venv_python, installed) = (place.join("bin/python"), place.join("installed"));
+    if fs::read_to_string(&installed).is_ok_and(|text| text == wanted) {
+        return Ok(venv_python);
+    }
+    run(Command::new(python).args(["-m", "venv", "--clear"]).arg(&place))?;
+    let options = ["-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:", "--requirement"];
+    run(Command::new(&venv_python).args(options).arg(&requirements))?;
+    fs::write(&installed, wanted).map_err(|error| error.to_string())?;
+    Ok(venv_python)
+}
+
+/// Ends the test when there is no such interpreter.
+macro_rules! green_or_skip {
+    () => {
+        match green_python(thread::current().name().unwrap_or("?")) {
+            Some(python) => python,
+            None => return,
+        }
+    };
+}
+
+fn green(python: &Path, options: &[&str]) -> Server {
+    Server::start(python, "green:app", &[&["--worker-class", "gevent"], options].concat())
+}
+
+/// Sends a request, whose answer is read later.
+fn begin(server: &Server, target: &str) -> TcpStream {
+    let mut stream = server.connect();
+    stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).expect("sent");
+    stream
+}
+
+fn end(mut stream: TcpStream) -> Answer {
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).expect("an answer");
+    Answer::parse(&bytes)
+}
+
+/// Ends the connection with a RST, which is no half-closed one.
+fn leave(stream: TcpStream) {
+    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("an option");
+    drop(stream);
+}
+
+/// Waits until so many requests for /wait have begun.
+fn wait_for_waiting(server: &Server, count: usize) {
+    wait_until("they have begun", || server.get("/waiting").text() == count.to_string());
+}
+
+// ---------------------------------------------------------------------------------- answers
+
+#[test]
+fn the_worker_itself_passes_its_tests() {
+    let python = green_or_skip!();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/test_gevent.py");
+    let output = Command::new(&python).arg("-B").arg(path).stdin(Stdio::null()).output().expect("it can be run");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && told.contains("\nOK"), "{told}");
+}
+
+#[test]
+fn an_application_is_served_and_the_start_up_line_names_its_class() {
+    let python = green_or_skip!();
+    for backend in ["auto", "epoll"] {
+        let server = green(&python, &["--workers", "2", "--backend", backend]);
+        assert!(server.log.text().contains("2 workers, app green:app (wsgi, gevent)\n"), "{}", server.log.text());
+        let answer = server.get("/");
+        assert_eq!((answer.status, answer.text(), answer.header("Content-Length")), (200, "hello\n", Some("6")));
+    }
+}
+
+#[test]
+fn bodies_and_answers_of_all_sizes_arrive_whole() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    for length in [1, 65_536, 65_537, 300_000, 3_000_000] {
+        let body: Vec<u8> = (0..length).map(|at: u32| ((at * 7) >> 3) as u8).collect();
+        let answer = server.ask("POST", "/echo", &body);
+        assert_eq!((answer.status, answer.header("X-Length")), (200, Some(&*length.to_string())));
+        assert!(answer.body == body && answer.whole, "{length} bytes");
+    }
+    for length in [0, 131_072, 131_073, 5_000_000] {
+        let large = server.get(&format!("/large?{length}"));
+        assert_eq!((large.body.len(), large.whole, large.header("Transfer-Encoding")), (length, true, None));
+        let head = server.ask("HEAD", &format!("/large?{length}"), b"");
+        assert_eq!((head.status, head.header("Content-Length"), head.body.len()), (200, Some(&*length.to_string()), 0));
+    }
+    let bulk = server.get("/bulk?100");
+    assert_eq!((bulk.body.len(), bulk.whole), (6_553_600, true));
+    assert_eq!(server.ask("HEAD", "/bulk?100", b"").status, 200);
+    assert_eq!(server.get("/file").body, fs::read(support::apps().join("green.py")).expect("the file"));
+}
+
+#[test]
+fn large_bodies_of_many_requests_at_a_time_are_not_mixed_up() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    thread::scope(|scope| {
+        for client in 0..40_u32 {
+            let server = &server;
+            scope.spawn(move || {
+                let body: Vec<u8> = (0..200_000).map(|at| (at * (client + 1) >> 3) as u8).collect();
+                let answer = server.ask("POST", "/echo", &body);
+                assert!(answer.status == 200 && answer.body == body, "client {client}");
+            });
+        }
+    });
+}
+
+#[test]
+fn hundreds_of_requests_sleep_in_one_worker_at_the_same_time() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    let begun = Instant::now();
+    let streams: Vec<TcpStream> = (0..500).map(|_| begin(&server, "/sleep?1")).collect();
+    let pids: HashSet<String> = streams.into_iter().map(|stream| end(stream).text().to_owned()).collect();
+    assert_eq!(pids.len(), 1);
+    // One after the other would take 500 seconds.
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn answers_come_in_the_order_in_which_they_are_ready() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    let mut streams: Vec<_> = (0..20).map(|number| Some(begin(&server, &format!("/wait?{number}")))).collect();
+    wait_for_waiting(&server, 20);
+    for number in (0..20).rev() {
+        server.get(&format!("/open?{number}"));
+        let answer = end(streams[number].take().expect("still there"));
+        assert_eq!(answer.text(), number.to_string());
+    }
+}
+
+#[test]
+fn pipelined_requests_are_answered_in_their_order() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--workers", "2"]);
+    thread::scope(|scope| {
+        for client in 0..8 {
+            let server = &server;
+            scope.spawn(move || {
+                let mut stream = server.connect();
+                let mut reader = BufReader::new(stream.try_clone().expect("a descriptor"));
+                for round in 0..20 {
+                    let bodies: Vec<String> = (0..5).map(|at| format!("{client}.{round}.{at}{}", "x".repeat(at * 700))).collect();
+                    let one = |body: &String| format!("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                    stream.write_all(bodies.iter().map(one).collect::<String>().as_bytes()).expect("sent");
+                    for body in &bodies {
+                        let mut line = String::new();
+                        while line != "\r\n" {
+                            line.clear();
+                            reader.read_line(&mut line).expect("a line of the head");
+                        }
+                        let mut answered = vec![0; body.len()];
+                        reader.read_exact(&mut answered).expect("a body");
+                        assert!(answered == body.as_bytes(), "{body} was answered {}", String::from_utf8_lossy(&answered));
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn an_error_of_the_application_is_a_500_with_its_traceback_in_the_log() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    assert_eq!(server.get("/fail").status, 500);
+    server.log.wait_for("RuntimeError: this application fails");
+    let broken = server.get("/break");
+    assert_eq!((broken.status, broken.text(), broken.whole), (200, "the beginning", false));
+    assert_eq!(server.get("/").status, 200);
+}
+
+#[test]
+fn flask_runs_on_greenlets() {
+    let python = green_or_skip!();
+    let server = Server::start(&python, "green:make_flask()", &["-k", "gevent"]);
+    thread::scope(|scope| {
+        for client in 0..50 {
+            let server = &server;
+            scope.spawn(move || {
+                let mut stream = server.connect();
+                let head = format!("GET /hi/a{client} HTTP/1.1\r\nHost: a\r\nX-From: b{client}\r\nConnection: close\r\n\r\n");
+                stream.write_all(head.as_bytes()).expect("sent");
+                assert_eq!(end(stream).text(), format!("hi a{client} of b{client}"));
+                let expected: String = (0..5).map(|number| format!("{number} m{client}\n")).collect();
+                assert_eq!(server.get(&format!("/stream?mark=m{client}")).text(), expected);
+            });
+        }
+    });
+    let mut form = b"--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\n".to_vec();
+    form.resize(form.len() + 3_000_000, b'f');
+    form.extend_from_slice(b"\r\n--B--\r\n");
+    let mut stream = server.connect();
+    let head = "POST /upload HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: multipart/form-data; boundary=B\r\n";
+    stream.write_all(format!("{head}Content-Length: {}\r\n\r\n", form.len()).as_bytes()).expect("sent");
+    stream.write_all(&form).expect("sent");
+    assert_eq!(end(stream).text(), "3000000");
+    assert_eq!(server.get("/nowhere").status, 404);
+}
+
+// ---------------------------------------------------------------------------------- streams
+
+#[test]
+fn events_reach_three_hundred_clients_at_the_same_time() {
+    let python = green_or_skip!();
+    for backend in ["auto", "epoll"] {
+        let server = green(&python, &["--backend", backend]);
+        let begun = Instant::now();
+        let streams: Vec<TcpStream> = (0..300).map(|_| begin(&server, "/ticks?20")).collect();
+        for stream in streams {
+            let answer = end(stream);
+            let events: String = (0..20).map(|number| format!("data: {number}\n\n")).collect();
+            assert!(answer.whole && answer.text() == events, "{answer:?}");
+        }
+        // One client after the other would take 600 seconds.
+        assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn clients_that_do_not_read_hold_nobody() {
+    let python = green_or_skip!();
+    // Little room in the spool, so that the worker's streams come to a stop.
+    let server = green(&python, &["--limit-response-spool", "1000000"]);
+    let mut stuck: Vec<TcpStream> = (0..10).map(|_| begin(&server, "/bulk?400")).collect();
+    for stream in &mut stuck {
+        stream.read_exact(&mut [0; 100]).expect("a beginning");
+    }
+    for _ in 0..50 {
+        assert_eq!(server.get("/").status, 200);
+    }
+    let other = server.get("/bulk?100");
+    assert_eq!((other.body.len(), other.whole), (6_553_600, true));
+    for mut stream in stuck {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).expect("the rest");
+        assert!(bytes.len() > 26_214_400 && bytes.ends_with(b"0\r\n\r\n"), "{} bytes", bytes.len());
+    }
+}
+
+#[test]
+fn a_stream_ends_when_its_client_is_gone_and_the_others_go_on() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| directory.path().join(name);
+    let begin = |name: &str| {
+        let mut stream = begin(&server, &format!("/endless?{}", path(name).display()));
+        stream.read_exact(&mut [0; 20]).expect("a beginning");
+        stream
+    };
+    let (stays, leaves) = (begin("stays"), begin("leaves"));
+    leave(leaves);
+    wait_until("its generator is closed", || path("leaves").exists());
+    assert!(!path("stays").exists());
+    leave(stays);
+    wait_until("the other one is, too", || path("stays").exists());
+    assert!(!server.log.text().contains("Traceback"), "{}", server.log.text());
+}
+
+#[test]
+fn a_stream_that_makes_nothing_more_is_cut_off_and_ended() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--timeout", "1"]);
+    let stalled = server.get("/stall");
+    assert_eq!((stalled.status, stalled.text(), stalled.whole), (200, "the beginning", false));
+    server.log.wait_for("in act_stall");
+    assert_eq!(server.workers().len(), 1);
+}
+
+// ---------------------------------------------------------------------------------- clients that leave
+
+#[test]
+fn an_application_can_see_that_its_client_is_gone() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    let directory = tempfile::tempdir().expect("a directory");
+    let paths: Vec<PathBuf> = (0..3).map(|number| directory.path().join(number.to_string())).collect();
+    let mut streams: Vec<TcpStream> = paths.iter().map(|path| begin(&server, &format!("/gone?{}", path.display()))).collect();
+    let waiting = begin(&server, "/wait?x");
+    wait_for_waiting(&server, 1);
+    leave(streams.remove(1));
+    wait_until("the application has noticed", || paths[1].exists());
+    assert!(!paths[0].exists() && !paths[2].exists(), "each has its own client");
+    streams.into_iter().for_each(leave);
+    wait_until("and so have the others", || paths[0].exists() && paths[2].exists());
+    server.get("/open?x");
+    assert_eq!(end(waiting).text(), "x");
+}
+
+#[test]
+fn a_request_whose_client_left_while_it_waited_is_never_started() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--greenlets", "1"]);
+    let directory = tempfile::tempdir().expect("a directory");
+    let marks = directory.path().join("marks");
+    let mut busy = begin(&server, "/ticks?15");
+    busy.read_exact(&mut [0; 20]).expect("it has begun");
+    let leaving = begin(&server, &format!("/mark?{}", marks.display()));
+    leaving.shutdown(Shutdown::Both).expect("left");
+    leave(leaving);
+    let mut rest = Vec::new();
+    busy.read_to_end(&mut rest).expect("the rest");
+    assert!(rest.ends_with(b"data: 14\n\n\r\n0\r\n\r\n"));
+    assert_eq!(server.get("/").status, 200);
+    assert!(!marks.exists(), "nobody was there to want it");
+}
+
+// ---------------------------------------------------------------------------------- limits
+
+#[test]
+fn no_more_requests_run_at_a_time_than_was_said() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--greenlets", "3"]);
+    let begun = Instant::now();
+    let streams: Vec<TcpStream> = (0..9).map(|_| begin(&server, "/sleep?0.5")).collect();
+    assert!(streams.into_iter().all(|stream| end(stream).status == 200));
+    assert!(begun.elapsed() >= Duration::from_millis(1_500), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn requests_are_spread_over_the_workers() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--workers", "4", "--cores", "1"]);
+    let streams: Vec<TcpStream> = (0..40).map(|_| begin(&server, "/sleep?1")).collect();
+    let mut served = std::collections::HashMap::<String, usize>::new();
+    for stream in streams {
+        *served.entry(end(stream).text().to_owned()).or_default() += 1;
+    }
+    assert_eq!(served.len(), 4, "{served:?}");
+    assert!(served.values().all(|count| (5..=15).contains(count)), "{served:?}");
+}
+
+#[test]
+fn a_worker_that_computes_is_given_nothing_while_another_one_is_free() {
+    let python = green_or_skip!();
+    for cores in ["1", "all"] {
+        let server = green(&python, &["--workers", "2", "--cores", cores]);
+        let spinning = begin(&server, "/spin?3");
+        thread::sleep(Duration::from_millis(300));
+        let begun = Instant::now();
+        let pids: HashSet<i32> = (0..50).map(|_| server.pid()).collect();
+        assert_eq!(pids.len(), 1, "only the other worker serves");
+        // Behind the busy one, even one of them would take until its end.
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        assert_eq!(end(spinning).text(), "spun");
+    }
+}
+
+#[test]
+fn an_overdue_request_is_ended_alone() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--timeout", "2"]);
+    let pid = server.pid();
+    let overdue: Vec<TcpStream> = (0..5).map(|number| begin(&server, &format!("/wait?{number}"))).collect();
+    let mut ticks = begin(&server, "/ticks?40");
+    ticks.read_exact(&mut [0; 20]).expect("it has begun");
+    for stream in overdue {
+        assert_eq!(end(stream).status, 504);
+    }
+    server.log.wait_for("Overdue: the request takes longer than --timeout");
+    server.log.wait_for("in act_wait");
+    let mut rest = Vec::new();
+    ticks.read_to_end(&mut rest).expect("the rest");
+    assert!(rest.ends_with(b"0\r\n\r\n"), "the stream went on to its end");
+    assert_eq!(server.pid(), pid);
+    assert!(!server.log.text().contains("is replaced"), "{}", server.log.text());
+}
+
+#[test]
+fn a_deadline_can_be_moved_by_the_application() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--timeout", "1"]);
+    let answer = server.get("/extend?2");
+    assert_eq!((answer.status, answer.text()), (200, "in time after all"));
+}
+
+#[test]
+fn a_request_that_will_not_end_costs_its_place_until_the_worker_is_replaced_in_order() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--timeout", "1", "--graceful-timeout", "2"]);
+    let pid = server.pid();
+    assert_eq!(server.get("/stubborn").status, 504);
+    wait_until("it was told to end", || server.get("/seen").text() == "Overdue");
+    let (served, stop) = (AtomicBool::new(true), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let (server, served, stop) = (&server, &served, &stop);
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                served.fetch_and(server.get("/").status == 200, Ordering::Relaxed);
+            }
+        });
+        wait_until("another worker serves", || server.pid() != pid);
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(served.load(Ordering::Relaxed), "nobody noticed");
+    wait_until("the old one is gone", || !is_alive(pid));
+}
+
+#[test]
+fn a_request_that_lets_nobody_else_run_costs_its_worker() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--timeout", "1", "--workers", "2"]);
+    let spinning = begin(&server, "/spin?60");
+    thread::sleep(Duration::from_millis(200));
+    let pid = server.pid();
+    assert_eq!(end(spinning).status, 504);
+    server.log.wait_for("in act_spin");
+    server.log.wait_for("gives no other request its turn");
+    assert!(is_alive(pid), "the other worker is still there");
+    wait_until("two workers serve", || {
+        let streams: Vec<TcpStream> = (0..8).map(|_| begin(&server, "/sleep?0.3")).collect();
+        let pids: HashSet<String> = streams.into_iter().map(|stream| end(stream).text().to_owned()).collect();
+        pids.len() == 2
+    });
+}
+
+// ---------------------------------------------------------------------------------- workers that end
+
+#[test]
+fn requests_in_a_worker_that_is_killed_are_repeated_only_when_that_is_safe() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("once");
+    let before = server.pid();
+    let gets: Vec<TcpStream> = (0..10).map(|_| begin(&server, "/sleep?1")).collect();
+    let mut posts: Vec<TcpStream> = (0..3).map(|_| server.connect()).collect();
+    for (number, post) in posts.iter_mut().enumerate() {
+        let head = format!("POST /wait?{number} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 1\r\n\r\nx");
+        post.write_all(head.as_bytes()).expect("sent");
+    }
+    let mut stream = begin(&server, "/ticks?1000");
+    stream.read_exact(&mut [0; 20]).expect("it has begun");
+    wait_for_waiting(&server, 3);
+    fs::write(&file, "").expect("a file");
+    assert_eq!(server.get(&format!("/die?{}", file.display())).text(), "alive", "repeated itself");
+    for get in gets {
+        let answer = end(get);
+        assert_eq!(answer.status, 200);
+        assert_ne!(answer.text(), before.to_string());
+    }
+    for post in posts {
+        assert_eq!(end(post).status, 502);
+    }
+    let mut rest = Vec::new();
+    let _ = stream.read_to_end(&mut rest);
+    assert!(!rest.ends_with(b"0\r\n\r\n"), "the end is missing, and the client can tell");
+    assert_eq!(server.get("/crash").status, 502, "once again, and no more");
+    assert_eq!(server.get("/").status, 200);
+}
+
+#[test]
+fn a_worker_killed_while_it_is_idle_costs_no_request() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    for _ in 0..5 {
+        let pid = server.pid();
+        kill(pid, libc::SIGKILL);
+        assert_eq!(server.ask("POST", "/echo", b"x").status, 200);
+        assert_ne!(server.pid(), pid);
+    }
+}
+
+#[test]
+fn requests_outlive_the_workers_that_are_killed_or_ended_meanwhile() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--workers", "2", "--cores", "all"]);
+    for signal in [libc::SIGKILL, libc::SIGTERM] {
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let clients: Vec<_> = (0..8)
+                .map(|client| {
+                    let (server, stop) = (&server, &stop);
+                    scope.spawn(move || {
+                        let mut answers = 0;
+                        while !stop.load(Ordering::Relaxed) {
+                            // Ended in order, a worker gives back what it has not begun: a POST, too.
+                            let quick = client % 2 == 0;
+                            let method = if signal == libc::SIGTERM && quick { "POST" } else { "GET" };
+                            let answer = server.ask(method, if quick { "/pid" } else { "/sleep?0.05" }, b"");
+                            assert_eq!(answer.status, 200, "{method} {answer:?}");
+                            answers += 1;
+                        }
+                        answers
+                    })
+                })
+                .collect();
+            for _ in 0..6 {
+                thread::sleep(Duration::from_millis(400));
+                kill(server.pid(), signal);
+            }
+            stop.store(true, Ordering::Relaxed);
+            let answers: usize = clients.into_iter().map(|client| client.join().expect("a client that was always answered")).sum();
+            assert!(answers > 50, "{answers}");
+        });
+    }
+}
+
+#[test]
+fn a_worker_that_is_told_to_end_finishes_what_it_has_while_another_one_serves() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    let pid = server.pid();
+    let mut ticks = begin(&server, "/ticks?30");
+    ticks.read_exact(&mut [0; 20]).expect("it has begun");
+    kill(pid, libc::SIGTERM);
+    wait_until("another one serves", || server.pid() != pid);
+    let mut rest = Vec::new();
+    ticks.read_to_end(&mut rest).expect("the rest");
+    assert!(String::from_utf8_lossy(&rest).contains("data: 29\n") && rest.ends_with(b"0\r\n\r\n"));
+    wait_until("then it ends", || !is_alive(pid));
+}
+
+#[test]
+fn recycling_costs_no_request_and_no_stream() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--workers", "2", "--max-requests", "50", "--max-requests-jitter", "20"]);
+    let pids = Mutex::new(HashSet::new());
+    let until = Instant::now() + PATIENCE;
+    thread::scope(|scope| {
+        for client in 0..6 {
+            let (server, pids) = (&server, &pids);
+            scope.spawn(move || {
+                // POST, because a lost GET would be repeated in silence.
+                while pids.lock().expect("no panic").len() < 8 && Instant::now() < until {
+                    if client == 0 {
+                        assert!(server.get("/ticks?10").whole);
+                        continue;
+                    }
+                    let answer = server.ask("POST", "/sleep?0.005", b"x");
+                    assert_eq!(answer.status, 200);
+                    pids.lock().expect("no panic").insert(answer.text().to_owned());
+                }
+            });
+        }
+    });
+    let pids = pids.into_inner().expect("no panic");
+    assert!(pids.len() >= 8, "{pids:?}");
+    wait_until("the old workers have ended", || pids.iter().filter(|pid| is_alive(pid.parse().expect("a number"))).count() <= 2);
+}
+
+#[test]
+fn an_exit_in_a_request_is_a_500_and_a_new_worker_and_others_are_finished() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    let pid = server.pid();
+    let other = begin(&server, "/sleep?1");
+    let waits = begin(&server, "/wait?z");
+    wait_for_waiting(&server, 1);
+    assert_eq!(server.get("/exit").status, 500);
+    assert_eq!(server.get("/").status, 200);
+    assert_eq!(end(other).text(), pid.to_string());
+    leave(waits);
+    assert_ne!(server.pid(), pid);
+}
+
+#[test]
+fn a_drain_lets_requests_and_streams_finish() {
+    let python = green_or_skip!();
+    let mut server = green(&python, &[]);
+    let sleeping = begin(&server, "/sleep?1");
+    let mut ticks = begin(&server, "/ticks?15");
+    ticks.read_exact(&mut [0; 20]).expect("it has begun");
+    let reading = thread::spawn(move || {
+        let mut rest = Vec::new();
+        ticks.read_to_end(&mut rest).expect("the rest");
+        (end(sleeping), rest)
+    });
+    assert_eq!(server.stop(), Some(0));
+    let (slept, ticks) = reading.join().expect("answers");
+    assert_eq!(slept.status, 200);
+    assert!(ticks.ends_with(b"0\r\n\r\n"));
+}
+
+#[test]
+fn workers_come_and_go_by_signal_with_requests_in_them() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    server.signal(libc::SIGTTIN);
+    let serve = |seconds: &str| -> Vec<TcpStream> { (0..10).map(|_| begin(&server, &format!("/sleep?{seconds}"))).collect() };
+    let workers = |streams: Vec<TcpStream>| streams.into_iter().map(|stream| end(stream).text().to_owned()).collect::<HashSet<_>>().len();
+    wait_until("two workers serve", || workers(serve("0.1")) == 2);
+    let streams = serve("2");
+    thread::sleep(Duration::from_millis(500));
+    server.signal(libc::SIGTTOU);
+    assert_eq!(workers(streams), 2, "both were at work, and finished");
+    wait_until("one worker", || server.workers().len() == 1);
+    assert_eq!(server.get("/").status, 200);
+}
+
+#[test]
+fn a_preloaded_application_is_forked_and_not_loaded_again() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--preload", "--workers", "2"]);
+    let streams: Vec<TcpStream> = (0..50).map(|_| begin(&server, "/sleep?0.5")).collect();
+    assert!(streams.into_iter().all(|stream| end(stream).status == 200));
+    kill(server.pid(), libc::SIGKILL);
+    assert_eq!(server.get("/").status, 200);
+    assert!(!server.log.text().contains("not preloaded"), "{}", server.log.text());
+}
+
+#[test]
+fn an_interpreter_without_gevent_is_told_at_the_start() {
+    let test = "an_interpreter_without_gevent_is_told_at_the_start";
+    let Some(python) = python(test) else { return };
+    let has_it = Command::new(&python).args(["-c", "import gevent"]).stderr(Stdio::null()).status();
+    if has_it.is_ok_and(|status| status.success()) {
+        let _ = writeln!(io::stderr(), "SKIPPED {test}: {} has gevent", python.display());
+        return;
+    }
+    let ended = command(&python, "green:app", &["-k", "gevent"]).output().expect("uringd can be run");
+    let stderr = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{stderr}");
+    assert!(stderr.lines().next_back().is_some_and(|last| last.contains("try: ") && last.contains("pip install gevent")), "{stderr}");
+}
