@@ -44,6 +44,7 @@ Examples:
   uringd                                      the welcome page on http://127.0.0.1:8000
   uringd --bind :8080 --cores 2 builtin:echo  all interfaces, two cores
   uringd --workers 4 --chdir site app:app     four processes of the Flask application in site/app.py
+  uringd -k gevent app:app                    each process runs its requests on greenlets, a thousand at a time
   uringd --check --config uringd.toml         says what would run, and exits
 
 Every option is also an environment variable, URINGD_ and its name in capitals (URINGD_KEEP_ALIVE=5), and a key

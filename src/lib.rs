@@ -33,7 +33,8 @@
 //! 6. A complete request is an `Exchange` (`exchange.rs`) and waits in its core's queue (`pool.rs`); or its handler
 //!    runs inline.
 //! 7. The handler (`handler.rs`) makes a `Response`; a streamed body follows in pieces (`stream.rs`).
-//!    A Python application's request goes to a worker process instead (`python/courier.rs`).
+//!    A Python application's request goes to a worker process instead (`python/courier.rs`, or `python/multiplexer.rs` when
+//!    each has many at a time).
 //! 8. `http1/response.rs` writes the head, the engine makes one send per connection and turn.
 //! 9. Sent, the slot is back in `Head`; or the connection ends, politely (`slot.rs` draws it).
 //!

@@ -409,6 +409,11 @@ impl Pools {
         taker
     }
 
+    #[cfg(test)]
+    pub(crate) fn takers(&self) -> usize {
+        self.takers.load(Ordering::SeqCst)
+    }
+
     pub(crate) fn remove_taker(&self, core: usize, taker: &Arc<Taker>) {
         self.set_load(core, taker, None);
         self.cores[core].takers.write().unwrap_or_else(PoisonError::into_inner).retain(|other| !Arc::ptr_eq(other, taker));

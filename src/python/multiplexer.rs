@@ -848,3 +848,6 @@ impl Flight {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -225,12 +225,9 @@ impl Zygote {
         let mut channels = Vec::new();
         let mut theirs = Vec::new();
         for _ in 0..threads {
-            let (data, worker_data) = UnixStream::pair()?;
-            let (descriptors, worker_descriptors) = UnixStream::pair()?;
-            let page = File::from(rustix::fs::memfd_create("uringd-page", MemfdFlags::CLOEXEC)?);
-            page.set_len(PAGE_BYTES)?;
-            theirs.extend([OwnedFd::from(worker_data), OwnedFd::from(worker_descriptors), OwnedFd::from(page.try_clone()?)]);
-            channels.push(Channel { data, descriptors, page });
+            let (channel, ends) = Channel::pair()?;
+            theirs.extend(ends);
+            channels.push(channel);
         }
         let theirs: Vec<BorrowedFd<'_>> = theirs.iter().map(AsFd::as_fd).collect();
         self.send(&serde_json::json!({ "fork": id }), &theirs)?;
@@ -315,6 +312,19 @@ impl About {
 }
 
 impl Channel {
+    /// A channel, and the worker's ends of it: data, descriptors, page.
+    ///
+    /// # Errors
+    /// Those of socketpair(2) and memfd_create(2): mostly that no descriptors are left.
+    pub fn pair() -> io::Result<(Channel, [OwnedFd; 3])> {
+        let (data, worker_data) = UnixStream::pair()?;
+        let (descriptors, worker_descriptors) = UnixStream::pair()?;
+        let page = File::from(rustix::fs::memfd_create("uringd-page", MemfdFlags::CLOEXEC)?);
+        page.set_len(PAGE_BYTES)?;
+        let theirs = [worker_data.into(), worker_descriptors.into(), page.try_clone()?.into()];
+        Ok((Channel { data, descriptors, page }, theirs))
+    }
+
     /// Tells the worker that nobody waits for the answer to this request.
     pub fn client_gone(&self, id: u32) {
         // It is a hint: a worker that does not get it works in vain, no more.
