@@ -311,7 +311,7 @@ pub(crate) const HEAD_BYTES_CEILING: usize = 1 << 20;
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (limits, timeouts) = (&self.limits, &self.timeouts);
-        let binds: Vec<String> = self.bind.iter().map(|bind| format!("\"{bind}\"")).collect();
+        let binds: Vec<String> = self.bind.iter().map(|bind| quoted(&bind.to_string())).collect();
         writeln!(f, "bind = [{}]", binds.join(", "))?;
         writeln!(f, "cores = \"{}\"", self.cores)?;
         writeln!(f, "handlers = {}", self.handlers)?;
@@ -366,7 +366,7 @@ impl fmt::Display for Config {
         ] {
             writeln!(f, "{key} = {value}")?;
         }
-        writeln!(f, "spool-dir = \"{}\"", self.spool_directory.display())?;
+        writeln!(f, "spool-dir = {}", quoted(&self.spool_directory.to_string_lossy()))?;
         let forwarded = &self.forwarded;
         let fields = match forwarded.fields {
             Fields::Auto => "auto",
@@ -393,7 +393,7 @@ impl fmt::Display for Config {
 }
 
 /// A text as TOML and JSON have it.
-pub(crate) fn quoted(text: &str) -> String {
+pub fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 

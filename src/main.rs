@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use uringd::{
     Config, Server,
     cli::{Target, Usage},
-    config::MEMORY_BASE_BYTES,
+    config::{MEMORY_BASE_BYTES, quoted},
     doctor,
     error::Error,
     sources::{Misread, Sources, keys_and_values},
@@ -54,7 +54,7 @@ fn serve(sources: &Sources) -> Result<(), Failure> {
         return Err(Failure::Target(Usage(text.to_owned())));
     }
     let text = options.target.as_deref().unwrap_or("builtin:welcome");
-    let mut effective = format!("target = \"{text}\"\n{config}{}", options.rest());
+    let mut effective = format!("target = {}\n{config}{}", quoted(text), options.rest());
     let concurrency = std::env::var("WEB_CONCURRENCY").ok();
     let (server, app) = match Target::from_text(text).map_err(Failure::Target)? {
         Target::Builtin(builtin) => (Server::with_handler(builtin).target(builtin.name()), None),

@@ -9,7 +9,7 @@
 
 use std::{collections::BTreeMap, ffi::OsString, fmt, fs, iter, path::Path};
 
-use clap::{Command, CommandFactory, FromArgMatches, builder::Resettable, error::ErrorKind};
+use clap::{Command, CommandFactory, FromArgMatches, error::ErrorKind};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -53,13 +53,12 @@ impl Sources {
     /// [`Misread`], for the first that cannot be understood.
     pub fn read(words: impl IntoIterator<Item = OsString>) -> Result<Sources, Misread> {
         let command = compat::accept(Options::command()).args_override_self(true);
-        // Variables are looked at once, with the command line.
-        let without_variables = command.clone().mut_args(|arg| arg.env(Resettable::Reset));
         let words: Vec<OsString> = words.into_iter().collect();
         let (options, said) = parse(&command, &words, COMMAND_LINE).map_err(|error| Misread::CommandLine(Box::new(error)))?;
         let mut sources = Sources { options, said, gunicorn: None, unknown: Vec::new() };
-        sources.add_gunicorn_arguments(&without_variables)?;
-        sources.add_file(&without_variables)?;
+        // The command looks at the variables again, in vain: what they say is said already, and wins.
+        sources.add_gunicorn_arguments(&command)?;
+        sources.add_file(&command)?;
         Ok(sources)
     }
 
@@ -124,7 +123,8 @@ impl Sources {
         let values = evaluated.map_err(|told| Misread::File(Error::Settings { place: location.to_owned(), told }))?;
         // None is how gunicorn says that nothing was said.
         let values = values.into_iter().filter(|(_, value)| !value.is_null());
-        let said: Vec<Said> = values.map(|(name, value)| Said { setting: all[name.as_str()], value, place: location.to_owned() }).collect();
+        let said = values.filter_map(|(name, value)| Some(Said { setting: all.get(name.as_str())?, value, place: location.to_owned() }));
+        let said: Vec<Said> = said.collect();
         let is_flag = |option: &str| is_flag(command, option);
         let mut words: Vec<OsString> = vec!["uringd".into()];
         for one in &said {

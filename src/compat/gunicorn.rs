@@ -140,7 +140,7 @@ const SECURITY: &[Setting] = &[
 
 const HOOKS: &[Setting] = &[
     row("on_starting", &[], File, Worker, "before the application is loaded"),
-    row("on_reload", &[], File, Missing(OFF), "there is no reload yet; start a second uringd, then end this one"),
+    row("on_reload", &[], File, Missing(OFF), "there is no reload yet"),
     row("when_ready", &[], File, Worker, "the sockets listen, and no worker has been forked"),
     row("pre_fork", &[], File, Worker, ""),
     row("post_fork", &[], File, Worker, ""),

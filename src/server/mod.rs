@@ -399,9 +399,9 @@ fn obey(signals: &mut Signals, control: &Control, count: &WorkerCount) {
             }
             SIGTERM if control.life() == Life::Serving => control.wind_down(Life::Draining),
             SIGTERM | SIGINT | SIGQUIT => control.wind_down(Life::Stopping),
-            SIGHUP => tracing::warn!("SIGHUP is ignored: there is no reload yet; try: start a second uringd, then SIGTERM to this one"),
+            SIGHUP => tracing::warn!("SIGHUP is ignored: there is no reload yet; try: a restart"),
             SIGUSR1 => tracing::info!("SIGUSR1: log lines go to standard error, so there is no file to open again"),
-            SIGUSR2 => tracing::warn!("SIGUSR2 is ignored: there is no upgrade yet; try: start a second uringd, then SIGTERM to this one"),
+            SIGUSR2 => tracing::warn!("SIGUSR2 is ignored: there is no upgrade yet; try: a restart"),
             other => tracing::warn!(signal = other, "ignored: only Python applications have workers to count"),
         }
     }
