@@ -22,7 +22,7 @@ use std::{
 use uringd::compat::{self, Here, Program, Setting, Takes};
 
 /// Longest wait for anything that should happen at once. Generous: the machine may be busy.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 const APP: &str = r#"
 import json, os, time
