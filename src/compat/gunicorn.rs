@@ -236,9 +236,21 @@ const SOCKET: &[Setting] = &[
 
 const WORKERS: &[Setting] = &[
     row("workers", &["-w", "--workers"], Value, Option("workers"), "one for each core when not said, where gunicorn has 1"),
-    row("worker_class", &["-k", "--worker-class"], Value, Option("worker-class"), "`sync` and `gthread` are both `--threads` here"),
+    row(
+        "worker_class",
+        &["-k", "--worker-class"],
+        Value,
+        Option("worker-class"),
+        "`sync` and `gthread` are both `--threads` here; `gevent` runs requests on greenlets; no others",
+    ),
     row("threads", &["--threads"], Value, Option("threads"), "64 at most"),
-    row("worker_connections", &["--worker-connections"], Value, Option("limit-connections"), "for each core; a connection holds no worker"),
+    row(
+        "worker_connections",
+        &["--worker-connections"],
+        Value,
+        Option("limit-connections"),
+        "for each core, for a connection holds no worker; of gevent, `--greenlets` bounds the requests",
+    ),
     row("max_requests", &["--max-requests"], Value, Option("max-requests"), "the successor is ready first, and never two at a time"),
     row("max_requests_jitter", &["--max-requests-jitter"], Value, Option("max-requests-jitter"), ""),
     row("timeout", &["-t", "--timeout"], Value, Option("timeout"), "of each request, with every worker class; 0: none"),

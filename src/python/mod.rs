@@ -165,6 +165,9 @@ impl fmt::Display for PythonApp {
             writeln!(f, "workers = {workers}")?;
         }
         writeln!(f, "threads = {}", self.threads)?;
+        if let Some(greenlets) = self.greenlets {
+            writeln!(f, "greenlets = {greenlets}")?;
+        }
         writeln!(f, "python = {}", quoted(&self.interpreter.to_string_lossy()))?;
         if let Some(path) = &self.chdir {
             writeln!(f, "chdir = {}", quoted(&path.to_string_lossy()))?;
