@@ -311,6 +311,11 @@ fn a_stream_is_given_credit_as_the_ring_thread_takes_its_bytes_in() {
             other => panic!("{other:?}"),
         }
     }
+    worker.piece(id, &[7; GRANT_BYTES as usize]);
+    while bytes < WINDOW_BYTES + GRANT_BYTES {
+        let Answer::Piece { bytes: piece, .. } = stand.answer(0) else { panic!("a piece") };
+        bytes += piece.len() as u64;
+    }
     stream.credit.close();
     assert_eq!(worker.next(), Some(Told::Word(3, id, 0)), "the client is gone");
     worker.send(id, 4, 1, 0, b"");
@@ -551,7 +556,9 @@ fn run(seed: u64) {
         }
         while let Ok(report) = stand.reports.try_recv() {
             match report {
-                Report::Broken { worker, .. } => {
+                Report::Broken { worker, why } => {
+                    // A player dies or talks of a request that there is not; nothing else is against the rules.
+                    assert!(why.contains("it ended") || why.contains("nobody asked for"), "{why}; seed {seed}");
                     stand.order(worker.slot, Order::Drop(worker.id));
                     start(&mut stand, worker.slot);
                 }
