@@ -13,10 +13,12 @@ mod compare;
 mod oracle;
 
 use super::fuzzing::{self, End, Request, Run};
-use crate::{
-    self as uringd,
-    config::{Limits, Permit},
-};
+use crate::config::{Limits, Permit};
+
+/// What `compare` takes from the crate, by the name that it has outside.
+mod uringd {
+    pub(super) use crate::{config, http1};
+}
 
 /// What comes of `bytes` with the default limits, once it is clear that the way they are cut makes no difference.
 fn run(bytes: &[u8]) -> Run {
