@@ -5,6 +5,7 @@ A test asks `serve` for a server, which is drained at the end and must then exit
 are and looks at each byte that comes back. Every wait is for a condition and has a bound.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -53,6 +54,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environ,
+            preexec_fn=die_with_parent,
         )
         self.reader = threading.Thread(target=self.read_log, daemon=True)
         self.reader.start()
@@ -110,6 +112,14 @@ class Server:
         if expected is not None:
             assert status == expected, "uringd ended with %d:\n%s" % (status, self.text)
             assert "panicked" not in self.text, self.text
+
+
+libc = ctypes.CDLL(None)
+
+
+def die_with_parent():
+    """PR_SET_PDEATHSIG: a server must not outlive the test that started it, however that ends."""
+    libc.prctl(1, signal.SIGKILL)
 
 
 def serve(target, **keywords):
