@@ -1229,8 +1229,8 @@ def check_gevent():
         python = sys.executable or "this interpreter"
         raise LoadError(
             "--worker-class gevent: gevent is not installed for %s (%s)\n"
-            "hint: %s -m pip install gevent, or give its interpreter with --python"
-            % (python, interpreter()["python"], python)
+            "hint: pip install gevent there, or give its interpreter with --python"
+            % (python, interpreter()["python"])
         )
 
 
@@ -2040,13 +2040,15 @@ class Config:
         own = {name: value for name, value in self.names.items() if not name.startswith("_")}
         said = {name: value for name, value in settings.items() if value is not None}
         self.cfg = SimpleNamespace(**dict(settings, **dict(own, **said)))
-        # The server is uringd: it gets the signals that a hook sends to the server.
-        self.server = SimpleNamespace(pid=os.getppid(), cfg=self.cfg, WORKERS={}, app=None)
+        self.server = SimpleNamespace(cfg=self.cfg, WORKERS={}, app=None)
         self.booting = None
 
     def begin(self, log, start):
         base, server = start.get("base") or {}, self.server
         self.log = server.log = log
+        # uringd's own, for the signals that a hook sends to the server. It need not be our parent:
+        # an interpreter may be a script that starts the real one.
+        server.pid = start.get("pid") or os.getppid()
         server.address = [(base.get("SERVER_NAME", ""), int(base.get("SERVER_PORT") or 0))]
         server.num_workers = None
         self.count(start.get("workers", 0))

@@ -194,9 +194,12 @@ impl Server {
                 kept.0.1.notify_all();
             }
         });
-        let ready = log.wait_for(" ready: ");
-        let address = ready.split_once(" ready: ").expect("just found").1.split([',', ' ']).next().expect("an address").to_owned();
-        Server { child, address, log, log_ended }
+        // Before it is waited for, so that it is stopped when that is in vain.
+        let mut server = Server { child, address: String::new(), log, log_ended };
+        let ready = server.log.wait_for(" ready: ");
+        let told = ready.split_once(" ready: ").expect("just found").1;
+        server.address = told.split([',', ' ']).next().expect("an address").to_owned();
+        server
     }
 
     /// The whole answer.
@@ -516,7 +519,7 @@ fn a_check_loads_the_application_and_says_what_it_is() {
 
 /// Says what it was given, on a line of its own.
 const HOOKS: &str = r#"
-def on_starting(server): server.log.info("on_starting %s", server.cfg.workers)
+def on_starting(server): server.log.info("on_starting %s %s", server.cfg.workers, server.pid)
 def when_ready(server): server.log.info("when_ready %s", server.address[0][0])
 def nworkers_changed(server, new, old): server.log.info("nworkers_changed %s %s", new, old)
 def pre_fork(server, worker): server.log.info("pre_fork %s", worker.age)
@@ -542,12 +545,13 @@ fn the_hooks_are_called_in_gunicorns_order() {
     let server = site.serve(&["--bind", "127.0.0.1:0", "--workers", "1", "app:app"]);
     server.environ("/path?query", "");
     server.log.wait_for("post_request");
+    let starting = format!("on_starting 1 {}", server.child.id());
     let log = server.stop();
     assert_eq!(
         hooks(&log),
         [
             "nworkers_changed 1 None",
-            "on_starting 1",
+            &starting,
             "when_ready 127.0.0.1",
             "pre_fork 1",
             "post_fork 1",

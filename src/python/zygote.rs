@@ -127,6 +127,8 @@ struct Start<'a> {
     config: Option<&'a str>,
     settings: &'a Map<String, Value>,
     workers: usize,
+    /// This process.
+    pid: u32,
     /// Nothing is forked and no hook is called.
     check: bool,
 }
@@ -206,6 +208,7 @@ impl Zygote {
             config: app.config.as_deref(),
             settings: &app.settings,
             workers,
+            pid: std::process::id(),
             check,
         };
         self.send(&serde_json::json!({ "start": start }), &[])
@@ -386,6 +389,13 @@ mod tests {
     fn the_program_fits_into_one_argument() {
         // MAX_ARG_STRLEN is 32 pages.
         assert!(PRELUDE.len() + SOURCE.len() < 32 * 4096);
+    }
+
+    #[test]
+    fn nothing_in_the_program_looks_like_a_call_of_pip_to_pyenv() {
+        // Its `python3` looks for these words among the arguments, and would run a script between us and Python.
+        let words: Vec<&str> = SOURCE.split_whitespace().collect();
+        assert!(!words.windows(2).any(|pair| pair == ["-m", "pip"]));
     }
 
     fn news(text: &str) -> Option<News> {

@@ -1523,7 +1523,10 @@ class Hooks(WorkerTest):
         """,
         )
         zygote, pid, channel = self.worker(
-            config=config, workers=2, settings={"timeout": 20, "workers": 2, "proc_name": None}
+            config=config,
+            workers=2,
+            pid=os.getpid(),
+            settings={"timeout": 20, "workers": 2, "proc_name": None},
         )
         zygote.tell({"workers": 3})
         channel.ask("/hello")
