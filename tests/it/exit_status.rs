@@ -28,6 +28,9 @@ fn every_option_of_the_interface_that_exists_is_in_the_help() {
         "--backend",
         "--body-rate",
         "--body-timeout",
+        "--check",
+        "--config",
+        "--group",
         "--head-timeout",
         "--keep-alive",
         "--limit-body",
@@ -37,10 +40,13 @@ fn every_option_of_the_interface_that_exists_is_in_the_help() {
         "--limit-request-fields",
         "--limit-request-line",
         "--permit",
+        "--pid",
         "--queue",
         "--queue-timeout",
         "--send-timeout",
         "--timeout",
+        "--umask",
+        "--user",
     ] {
         assert!(help.contains(option), "no {option} in the help:\n{help}");
     }
