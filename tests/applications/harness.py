@@ -333,18 +333,6 @@ def with_both_clients(tests):
     return tests
 
 
-def waits_for(reason):
-    """Marks a test of what uringd does not do yet: skipped while it fails, and a failure as soon as
-    it passes, so that the mark goes.
-    """
-
-    def mark(test):
-        test.reason = reason
-        return unittest.expectedFailure(test)
-
-    return mark
-
-
 class Wire:
     """One connection, byte by byte. `ask` takes an answer apart by the letter of RFC 9112."""
 

@@ -431,3 +431,9 @@ def act_hints_twice(environ, start_response):
     yield b"streamed, "
     environ["wsgi.early_hints"]([("Link", "</too-late.css>")])
     yield b"final"
+
+
+def act_hints_bad(environ, start_response):
+    environ["wsgi.early_hints"](FIELDS[environ["QUERY_STRING"]])
+    start_response("200 OK", TEXT)
+    return [b"final"]

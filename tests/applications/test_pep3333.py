@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import unittest
 
-from harness import Wire, eventually, pattern, serve, waits_for
+from harness import Wire, eventually, pattern, serve
 
 server = None
 keys = itertools.count()
@@ -633,7 +633,6 @@ class TheFileWrapper(Clause):
 class EarlyHints(Clause):
     LINKS = [("Link", "</a.css>; rel=preload; as=style"), ("Link", "</b.js>")]
 
-    @waits_for("uringd does not pass on wsgi.early_hints")
     def test_go_before_the_answer(self):
         answer = self.ask("/hints")
         self.assertEqual((answer.status, answer.body), (200, b"final"))
@@ -642,18 +641,21 @@ class EarlyHints(Clause):
         self.assertEqual(early.headers, self.LINKS)
         self.assertEqual(answer.values("Link"), [])
 
-    @waits_for("uringd does not pass on wsgi.early_hints")
     def test_may_be_several_but_not_after_the_answer_has_begun(self):
         answer = self.ask("/hints_twice")
         self.assertEqual((answer.status, answer.body), (200, b"streamed, final"))
         links = [early.values("Link") for early in answer.interim]
         self.assertEqual(links, [["</a.css>"], ["</b.css>"]])
 
-    @waits_for("uringd does not pass on wsgi.early_hints")
     def test_are_shown_by_curl(self):
         command = ["curl", "-sS", "-i", "--max-time", "30", server.url + "/hints"]
         shown = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode()
         self.assertRegex(shown, r"(?s)^HTTP/1.1 103 .*</b.js>.*\r\n\r\nHTTP/1.1 200 OK\r\n.*final$")
+
+    def test_that_http_does_not_have_are_not_sent_and_the_answer_is(self):
+        for kind in ("name", "nul", "space"):
+            answer = self.ask("/hints_bad?" + kind)
+            self.assertEqual((answer.interim, answer.body), ([], b"final"))
 
     def test_are_not_sent_to_an_http_1_0_client(self):
         answer = self.ask("/hints", version="1.0", then="closed")
