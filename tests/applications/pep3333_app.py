@@ -406,8 +406,8 @@ def act_wrapped(environ, start_response):
         return wrapper(file)
     if kind == "pipe":
         reading, writing = os.pipe()
-        os.write(writing, data)
-        os.close(writing)
+        with open(writing, "wb") as file:
+            file.write(data)
         return wrapper(os.fdopen(reading, "rb"))
     if kind == "iterated":
         # Not returned as it is, so that an application may look at the pieces.
