@@ -115,7 +115,7 @@ pub struct Options {
     /// Write the process id here once ready, and remove it at the end
     #[arg(short, long, value_name = "PATH", env = "URINGD_PID", help_heading = "Running")]
     pub pid: Option<PathBuf>,
-    /// Permissions of unix sockets, octal [default: what the umask leaves]
+    /// Permissions of unix sockets, octal [default: what --umask leaves, or 666]
     #[arg(long, value_name = "MODE", env = "URINGD_UNIX_SOCKET_PERMS", help_heading = "Running")]
     pub unix_socket_perms: Option<String>,
     /// Value of the Server field of answers that have none of their own; empty: no field [default: uringd]

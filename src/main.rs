@@ -72,6 +72,9 @@ fn serve(sources: &Sources) -> Result<(), Failure> {
             ))));
         }
     };
+    if let Some(missing) = sources.missing() {
+        return Err(Failure::Usage(Usage(missing)));
+    }
     if options.check {
         print!("{effective}\n{}{}", memory(&config), sources.report(&keys_and_values(&effective)));
         if let Some(app) = app {

@@ -149,6 +149,12 @@ impl Sources {
         self.said.iter().filter_map(Said::complaint).chain(unknown).collect()
     }
 
+    /// What uringd must not start without: who asked for encryption would get none.
+    pub fn missing(&self) -> Option<String> {
+        let vital = |said: &&Said| matches!(said.setting.name, "certfile" | "keyfile");
+        self.said.iter().filter(vital).find_map(Said::complaint)
+    }
+
     /// Whether a setting of this name was said.
     pub fn says(&self, name: &str) -> bool {
         self.said.iter().any(|said| said.setting.name == name)

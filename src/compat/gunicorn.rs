@@ -115,8 +115,8 @@ const NAMING: &[Setting] = &[
 const PROCESS_NAMES: &str = "processes are called uringd, uringd-zygote and uringd-worker; --pid says which uringd";
 
 const TLS: &[Setting] = &[
-    row("keyfile", &["--keyfile"], Value, Missing(OFF), NO_TLS),
-    row("certfile", &["--certfile"], Value, Missing(OFF), NO_TLS),
+    row("keyfile", &["--keyfile"], Value, Missing(OFF), NO_CERTIFICATE),
+    row("certfile", &["--certfile"], Value, Missing(OFF), NO_CERTIFICATE),
     row("ssl_version", &["--ssl-version"], Value, Missing(OFF), NO_TLS),
     row("cert_reqs", &["--cert-reqs"], Value, Missing(OFF), NO_TLS),
     row("ca_certs", &["--ca-certs"], Value, Missing(OFF), NO_TLS),
@@ -124,7 +124,8 @@ const TLS: &[Setting] = &[
     row("do_handshake_on_connect", &["--do-handshake-on-connect"], Flag, Needless, NO_TLS),
     row("ciphers", &["--ciphers"], Value, Missing(OFF), NO_TLS),
 ];
-const NO_TLS: &str = "connections are NOT encrypted: there is no TLS yet; put a proxy that has it in front";
+const NO_CERTIFICATE: &str = "uringd does not start with it, as there is no TLS yet; leave it out and put a proxy that has TLS in front";
+const NO_TLS: &str = "there is no TLS yet; put a proxy that has it in front";
 
 const SECURITY: &[Setting] = &[
     row("limit_request_line", &["--limit-request-line"], Value, Option("limit-request-line"), "414; 0: as much as `--limit-head`"),
@@ -180,7 +181,13 @@ const MECHANICS: &[Setting] = &[
         "the whole process changes, once it listens; without `--group`, to the user's own group too",
     ),
     row("group", &["-g", "--group"], Value, Option("group"), ""),
-    row("umask", &["-m", "--umask"], Value, Option("umask"), "unchanged when not said, where gunicorn makes unix sockets with 0"),
+    row(
+        "umask",
+        &["-m", "--umask"],
+        Value,
+        Option("umask"),
+        "unchanged when not said; unix sockets are open to all users then, as with gunicorn",
+    ),
     row("initgroups", &["--initgroups"], Flag, Anyway, "`--user` takes the user's supplementary groups, and drops those of root"),
     row("tmp_upload_dir", &[], File, Option("spool-dir"), ""),
     row(

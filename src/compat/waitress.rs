@@ -112,13 +112,7 @@ const SETTINGS: &[Setting] = &[
     row("asyncore_loop_timeout", &["--asyncore-loop-timeout"], Value, Needless, "there is no such loop"),
     row("asyncore_use_poll", &["--asyncore-use-poll", "--no-asyncore-use-poll"], Switch, Needless, "there is no such loop"),
     row("unix_socket", &["--unix-socket"], Value, Words(unix_socket), "`--bind unix:PATH`"),
-    row(
-        "unix_socket_perms",
-        &["--unix-socket-perms"],
-        Value,
-        Option("unix-socket-perms"),
-        "as `--umask` says when not said, where waitress has 600",
-    ),
+    row("unix_socket_perms", &["--unix-socket-perms"], Value, Option("unix-socket-perms"), "666 when not said, where waitress has 600"),
     row("sockets", &["--sockets"], Value, Missing(OFF), "hand over open sockets by number: --bind fd://3"),
     row(
         "channel_request_lookahead",

@@ -407,11 +407,16 @@ fn obey(signals: &mut Signals, control: &Control, count: &WorkerCount) {
     }
 }
 
+/// Whoever may reach a unix socket may connect, like gunicorn's and nginx's: the proxy before it is another user's.
+const UNIX_SOCKET_MODE: u32 = 0o666;
+
 /// Gives unix sockets the permissions and the owner that were asked for.
 fn hand_over(config: &Config, owner: Option<Owner>) -> Result<()> {
     for bind in &config.bind {
         let Bind::Unix(path) = bind else { continue };
-        let mode = config.unix_socket_mode.map_or(Ok(()), |mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)));
+        // With a umask, they were made as it says.
+        let mode = config.unix_socket_mode.or_else(|| config.umask.is_none().then_some(UNIX_SOCKET_MODE));
+        let mode = mode.map_or(Ok(()), |mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)));
         let owned = mode.and_then(|()| owner.map_or(Ok(()), |owner| owner.own(path)));
         owned.map_err(|source| Error::Bind { address: bind.to_string(), source })?;
     }
