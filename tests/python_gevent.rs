@@ -151,7 +151,7 @@ fn large_bodies_of_many_requests_at_a_time_are_not_mixed_up() {
         for client in 0..40_u32 {
             let server = &server;
             scope.spawn(move || {
-                let body: Vec<u8> = (0..200_000).map(|at| (at * (client + 1) >> 3) as u8).collect();
+                let body: Vec<u8> = (0..200_000).map(|at| ((at * (client + 1)) >> 3) as u8).collect();
                 let answer = server.ask("POST", "/echo", &body);
                 assert!(answer.status == 200 && answer.body == body, "client {client}");
             });

@@ -3,7 +3,7 @@
 pub mod deadlines;
 pub mod engine;
 #[cfg(test)]
-mod sim;
+pub(crate) mod sim;
 pub mod slot;
 
 use std::{

@@ -22,7 +22,7 @@ mod client;
 mod disk;
 mod kernel;
 mod pool;
-mod random;
+pub mod random;
 
 use std::{
     collections::BTreeMap,

@@ -23,13 +23,8 @@ use crate::{
         courier::{Reporter, STATUS_UNKNOWN, Worker},
         zygote::Channel,
     },
+    shard::sim::random::Random,
 };
-
-// The simulation uses more of it.
-#[allow(dead_code)]
-#[path = "../../shard/sim/random.rs"]
-mod random;
-use random::Random;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Runs by chance.
