@@ -978,7 +978,8 @@ class MultiplexedChannel(Channel):
         super().__init__(worker, data_fd, fds_fd, page_fd)
         self.app = self.base = None
         self.exchanges = {}  # id: what has no answer yet
-        self.waiting = deque()  # those of them that have not begun
+        # Those of them that have not begun; and the numbers of pings, which stand in line with them.
+        self.waiting = deque()
         self.parts, self.have, self.needed = [], 0, 16  # of a frame that has come in part
         self.unsent = b""  # what the socket had no room for
         self.send_is_due = False
@@ -1055,7 +1056,7 @@ class MultiplexedChannel(Channel):
         """The frames of one u32. An answer may have crossed what is said about its request."""
         exchange = self.exchanges.get(id)
         if kind == PING:
-            self.put(pack_prefix(4, id, PONG, word))
+            self.waiting.append(word)
         elif kind not in (CREDIT, GONE, CANCEL):
             raise ValueError("a frame of uringd is of no known kind")
         elif exchange is None:
@@ -1077,6 +1078,10 @@ class MultiplexedChannel(Channel):
         """Says that the application has not seen this request and will not."""
         self.put(pack_header(0, exchange.id, RETURN))
         self.forget(exchange)
+
+    def pong(self, number):
+        """All that came before the ping has begun."""
+        self.put(pack_prefix(4, 0, PONG, number))
 
     # To uringd.
 
@@ -1171,10 +1176,13 @@ class MultiplexedChannel(Channel):
             self.call_soon(self.finish_if_idle)
 
     def forget(self, exchange):
+        """It is over. What it holds and what holds it must not wait for the collector."""
         self.exchanges.pop(exchange.id, None)
         if exchange.body_file is not None:
             exchange.body_file.close()
             exchange.body_file = None
+        exchange.environ = {"uringd.request_id": exchange.environ.get("uringd.request_id")}
+        exchange.errors = exchange.write = exchange.runner = None
 
     def end(self):
         """Nothing more begins. What runs is finished, and uringd then ends the channel."""
@@ -1186,7 +1194,11 @@ class MultiplexedChannel(Channel):
     def take_leave(self):
         self.put(pack_header(0, 0, RETURN))
         while self.waiting:
-            self.give_back(self.waiting.popleft())
+            first = self.waiting.popleft()
+            if type(first) is int:
+                self.pong(first)
+            else:
+                self.give_back(first)
 
     def finish_if_idle(self):
         if not self.exchanges:
@@ -1337,7 +1349,7 @@ class GeventChannel(MultiplexedChannel):
         clock, waiting = time.perf_counter, self.waiting
         now = clock()
         turn_until = now + TURN_SECONDS
-        while waiting and now < turn_until:
+        while waiting and now < turn_until and not self.closed:
             # What is answered meanwhile need not ask to be sent.
             self.send_is_due = True
             self.slice_until = now + SLICE_SECONDS
@@ -1349,7 +1361,7 @@ class GeventChannel(MultiplexedChannel):
             self.running = None
             self.send_ready()
             now = clock()
-        if waiting:
+        if waiting and not self.closed:
             self.call_soon(self.run_waiting)
 
     def run_one_by_one(self, runner):
@@ -1358,6 +1370,9 @@ class GeventChannel(MultiplexedChannel):
         while True:
             while waiting:
                 exchange = waiting.popleft()
+                if type(exchange) is int:
+                    self.pong(exchange)
+                    continue
                 exchange.runner = runner
                 self.serve_one(exchange)
                 if self.running is not runner or self.closed:

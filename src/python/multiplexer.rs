@@ -12,8 +12,8 @@
 //! ([`Waker`]) that is rung for requests, orders and credit.
 //!
 //! *Who gets a request.* A worker with fewer than its limit in flight, the least busy one first ([`Pools::share_of`]), and none
-//! that is *silent*: behind the requests that it is sent travels a PING, which it answers when everything has had its turn.
-//! While that takes longer than [`SILENT`], what is waiting is better off where somebody else can take it.
+//! that is *silent*: behind the requests that it is sent travels a PING, which it answers when all of them have begun. While
+//! that takes longer than [`SILENT`], what is waiting is better off where somebody else can take it.
 //!
 //! *Streams.* A worker may be a window ahead of what the ring thread has taken in of each body; the credit for more is a frame
 //! of its own. So a client that does not read costs a window, and holds nobody.
@@ -713,7 +713,7 @@ impl Multiplexer {
                     flight.cancelled = Some(now);
                     frames::word(&mut line.out, id, Word::Cancel, 0);
                     let (pid, request) = (line.link.worker.pid.load(Ordering::Relaxed), flight.name());
-                    tracing::warn!(pid, request, "the request takes too long and is ended in its worker; try: a longer --timeout");
+                    tracing::info!(pid, request, "the request takes too long and is ended in its worker; try: a longer --timeout");
                 }
                 Some(since) => stuck |= now >= since + CANCEL_WAIT,
             }

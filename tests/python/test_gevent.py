@@ -223,6 +223,13 @@ def child(environ, start_response):
     return [str(child.exitcode).encode()]
 
 @route
+def once(environ, start_response):
+    sys.stderr.write("once %s\n" % environ["QUERY_STRING"])
+    sys.stderr.flush()
+    start_response("200 OK", TEXT)
+    return [environ["QUERY_STRING"].encode()]
+
+@route
 def fork_and_return(environ, start_response):
     pid = os.fork()
     if pid:
@@ -384,6 +391,15 @@ class Greenlets(unittest.TestCase):
         self.channel.send("/open", query="x")
         self.channel.answer(waiting)
 
+    def test_a_ping_is_answered_when_all_requests_before_it_have_begun(self):
+        ids = [self.channel.send("/spin", query="0.05") for _ in range(10)]
+        self.channel.word(PING, 0, 7)
+        after = self.channel.send("/spin", query="0.05")
+        self.channel.take_until(lambda: self.channel.pongs)
+        self.assertTrue(all(id in self.channel.answers for id in ids))
+        self.assertNotIn(after, self.channel.answers)
+        self.channel.answer(after)
+
     def test_frames_may_come_in_any_cut(self):
         frames = b"".join(
             request_frame(
@@ -541,7 +557,12 @@ class Greenlets(unittest.TestCase):
         other = self.channel.send("/sleep", query="0.1")
         self.assertEqual(self.channel.ask("/child").body, b"7")
         self.assertEqual(self.channel.answer(other).body, b"hello")
-        self.assertEqual(self.channel.ask("/fork_and_return").body, b"70")
+        waiting = [self.channel.send("/child"), self.channel.send("/fork_and_return")]
+        waiting += [self.channel.send("/once", query=str(n)) for n in range(20)]
+        self.assertEqual(self.channel.answer(waiting[1]).body, b"70")
+        for n, id in enumerate(waiting[2:]):
+            self.assertEqual(self.channel.answer(id).body, b"%d" % n)
+        self.assertEqual(self.zygote.stderr().count("once "), 20)
         self.assertEqual(self.channel.ask("/hello").body, b"hello")
 
     def take_leave(self):
