@@ -18,6 +18,7 @@ gunicorn.conf.py, the zygote.
 """
 
 import ast
+import fcntl
 import gc
 import importlib
 import io
@@ -49,6 +50,7 @@ RECORD_BYTES_MAX = 65536
 # Frames: twelve bytes of header, little-endian. In both directions the first four bytes of most
 # payloads are a length too (of the environ, of the head), so that one unpack or pack does for all.
 REQUEST, REQUEST_WITH_FILE = 0x0001, 0x0101  # u8 type, u8 flags, u16 zero, read as one u32
+MARKED = 0x0200  # a flag of both: see Channel.body
 RESPONSE, BEGIN, PIECE, END, FILE, READY, FAILED, HINTS, EXTEND = range(1, 10)
 END_FAILED = 0x0100
 # Only on a channel for many requests at a time: to a worker, and from it.
@@ -63,7 +65,7 @@ pack_file = struct.Struct("<QQ").pack
 pack_u32_into = struct.Struct("<I").pack_into
 
 PAGE_BYTES = 4096
-PAGE_GONE, PAGE_END, PAGE_BEGUN = 0, 4, 8
+PAGE_GONE, PAGE_END, PAGE_BEGUN, PAGE_HELD = 0, 4, 8, 12
 
 # Below malloc's mmap threshold: a larger buffer is mapped and unmapped for every recv, which costs
 # more than the request.
@@ -622,12 +624,16 @@ def leave_forked_child(error=None):
         write_stderr(
             "a child forked by the application returned into the worker; use os._exit() in it\n"
         )
+    flush_standard_streams()
+    os._exit(status)
+
+
+def flush_standard_streams():
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except Exception:
-            pass
-    os._exit(status)
+            pass  # closed, or something else that the application has put there
 
 
 # A channel: two sockets and a page, served by one thread.
@@ -722,7 +728,7 @@ class Channel:
                 if split == stop and kind == kind_of_most:
                     environ["wsgi.input"] = BytesIO()
                 else:
-                    environ["wsgi.input"] = self.body(exchange, kind, data, split, stop)
+                    environ["wsgi.input"] = self.body(exchange, kind, id, data, split, stop)
                 exchange.id, exchange.started = id, None
                 try:
                     if pre_request is not None:
@@ -772,7 +778,12 @@ class Channel:
                     sent_from = clock()
                     self.flush()
                     held_from += clock() - sent_from
+                else:
+                    # Should the next request never end, uringd knows that it is that one.
+                    page[PAGE_HELD] = len(out)
                 exchange.environ = environ = base_copy()
+            if held_from:
+                page[PAGE_HELD] = 0
             if out:
                 with lock:
                     send(out[0] if len(out) == 1 else join(out))
@@ -787,11 +798,15 @@ class Channel:
             # Prepared after the answer has left, where nobody waits for it.
             exchange.environ = environ = base_copy()
 
-    def body(self, exchange, kind, data, split, stop):
-        """wsgi.input of a request that has a body, inline or in a file; or the end of a channel
-        that sent garbage.
+    def body(self, exchange, kind, id, data, split, stop):
+        """wsgi.input of a request that has a body, inline or in a file, or that is marked: uringd
+        wants to know that it was begun, because nobody else may run it then. Raises if the frame is
+        garbage.
         """
-        if kind == REQUEST and split < stop:
+        if kind & MARKED:
+            kind &= ~MARKED
+            pack_u32_into(self.page, PAGE_BEGUN, id)
+        if kind == REQUEST and split <= stop:
             return BytesIO(data[split:stop])
         if kind == REQUEST_WITH_FILE and split + 8 == stop:
             file = BodyFile(self.receive_descriptor(), unpack_u64(data, split)[0])
@@ -827,6 +842,7 @@ class Channel:
     def flush(self):
         out = self.out
         if out:
+            self.page[PAGE_HELD] = 0
             self.send_locked(out[0] if len(out) == 1 else b"".join(out))
             out.clear()
 
@@ -840,6 +856,7 @@ class Channel:
         self.out.append(start)
         start = b"".join(self.out)
         self.out.clear()
+        self.page[PAGE_HELD] = 0
         self.send_locked(start, body)
 
     def send_now(self, frame):
@@ -892,8 +909,11 @@ class Channel:
             pass  # closed already
 
     def close(self):
-        self.data.close()
-        self.fds.close()
+        for sock in (self.data, self.fds):
+            try:
+                sock.close()
+            except OSError:
+                pass  # the application has closed descriptors that were not its own
 
 
 def receive_descriptors(sock, size, count):
@@ -1490,7 +1510,7 @@ class Worker:
             return EXIT_LOAD
         # Again: the application may have set handlers of its own when it was imported.
         self.take_signals()
-        signal.signal(signal.SIGTERM, lambda signum, frame: self.end())
+        signal.signal(signal.SIGTERM, lambda signum, frame: self.terminate())
         signal.signal(signal.SIGABRT, lambda signum, frame: self.abort(gunicorn))
         # What was loaded stays: the collector need not look at it again, and shared pages stay
         # shared.
@@ -1570,6 +1590,24 @@ class Worker:
                 return self.end(1)
         os._exit(1)
 
+    def terminate(self):
+        """SIGTERM: from uringd, or because the zygote is gone (PR_SET_PDEATHSIG). Then what runs
+        may come to its end, while uringd is there to see to that; and that is looked at.
+        """
+        if os.getppid() != self.zygote.pid:
+            signal.signal(signal.SIGALRM, lambda signum, frame: self.end_orphan())
+            signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        self.end()
+
+    def end_orphan(self):
+        """Nobody is left to answer, or to end this process should it hang."""
+        poll, fds = real_poll(), [channel.data.fileno() for channel in self.channels]
+        fds = [fd for fd in fds if fd >= 0]
+        for fd in fds:
+            poll.register(fd, 0)  # an end comes unasked
+        if len(poll.poll(0)) == len(fds):
+            os._exit(1)
+
     def end(self, status=0):
         """Every thread finishes its present request; the requests behind it are uringd's to give to
         another.
@@ -1642,10 +1680,8 @@ def prctl(option, argument):
 
 
 def die_with_parent(parent):
-    """PR_SET_PDEATHSIG: SIGKILL, which a worker in an endless loop cannot miss either. Without the
-    zygote, uringd begins anew or is itself gone.
-    """
-    prctl(1, signal.SIGKILL)
+    """PR_SET_PDEATHSIG: SIGTERM, so that what runs is answered even when the zygote was killed."""
+    prctl(1, signal.SIGTERM)
     if os.getppid() != parent:
         os._exit(0)
 
@@ -2195,17 +2231,12 @@ class Zygote:
         """Returns a Worker in a child that is to become one; in the zygote itself None, when all is
         over.
         """
-        # Whoever started us may have blocked or ignored signals for its own threads.
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(
-                signum, do_nothing
-            )  # the end of the control socket ends a zygote, nothing else
-        signal.signal(signal.SIGCHLD, do_nothing)
-        dump_traceback_on_usr1()
+        self.take_signals()
         name_process("uringd-zygote")
         if not self.begin():
             return None
+        # Again: the application may have been preloaded, and have taken them.
+        self.take_signals()
         self.wake, wake = os.pipe()
         for fd in (self.wake, wake):
             os.set_blocking(fd, False)
@@ -2221,6 +2252,16 @@ class Zygote:
             if self.config:
                 self.config.call_safely("on_exit", self.config.server)
         return worker
+
+    def take_signals(self):
+        """The end of the control socket ends a zygote, nothing else. Whoever started us, or is
+        imported, may have blocked or ignored signals for its own purposes.
+        """
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(signum, do_nothing)
+        signal.signal(signal.SIGCHLD, do_nothing)
+        dump_traceback_on_usr1()
 
     def begin(self):
         """Reads `start`, makes the surroundings of the application, loads it if told to; says ready
@@ -2278,7 +2319,7 @@ class Zygote:
             if start.get("preload"):
                 if start.get("worker_class") == "gevent":
                     patch_for_gevent()
-                self.app = self.load()
+                self.app = self.preload()
                 threads = thread_count()
         except BaseException as error:
             config_failed = start.get("config") and self.config is None
@@ -2289,7 +2330,8 @@ class Zygote:
             if warning is None and self.restart(threads):
                 return False
             self.app = None
-        ready = dict(interpreter(), interface=None if self.app is None else "wsgi")
+        interface = None if self.app is None else "wsgi"
+        ready = dict(interpreter(), pid=os.getpid(), interface=interface)
         if warning:
             ready["warning"] = warning
         freeze()
@@ -2301,6 +2343,18 @@ class Zygote:
 
     def load(self):
         return mounted(load_app(self.start["app"], self.start.get("interface")), self.mount)
+
+    def preload(self):
+        """An import may wait for ever, so while it runs the end of uringd is a signal, SIGIO, that
+        ends this process: uringd says nothing before it hears that we are ready.
+        """
+        flags = fcntl.fcntl(self.control, fcntl.F_GETFL)
+        fcntl.fcntl(self.control, fcntl.F_SETOWN, self.pid)
+        fcntl.fcntl(self.control, fcntl.F_SETFL, flags | os.O_ASYNC)
+        try:
+            return self.load()
+        finally:
+            fcntl.fcntl(self.control, fcntl.F_SETFL, flags)
 
     def restart(self, threads):
         """The application started threads when it was imported, and a fork copies only one of them,
@@ -2379,9 +2433,7 @@ class Zygote:
         else:
             if self.config:
                 self.config.boot(id)
-            for stream in (sys.stdout, sys.stderr):
-                if stream is not None:
-                    stream.flush()  # or both processes would write what is in the buffer
+            flush_standard_streams()  # or both processes would write what is in the buffer
             try:
                 pid, error = real_fork(), None
             except OSError as failure:

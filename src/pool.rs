@@ -68,7 +68,7 @@ pub(crate) struct Errand {
     pub exchange: Box<Exchange>,
     /// The core that the answer goes to.
     pub home: usize,
-    /// Its ticket says already that it runs: the process that had it is gone.
+    /// Its ticket says already that it runs.
     pub started: bool,
     /// The process that died over it.
     pub lost_with: Option<u64>,
@@ -354,6 +354,11 @@ impl Pools {
     /// True when somebody waits for a request, on any core.
     pub(crate) fn is_anyone_idle(&self) -> bool {
         self.cores.iter().any(|core| core.idle.load(Ordering::Relaxed) > core.jobs_taken.len())
+    }
+
+    /// True when somebody else takes requests, too.
+    pub(crate) fn has_others(&self) -> bool {
+        self.cores.iter().map(|core| core.able.load(Ordering::Relaxed)).sum::<usize>() > 1
     }
 
     /// Puts a request that was taken and not begun (or is to be tried again) back into a queue. It was let in once, so

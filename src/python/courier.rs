@@ -13,16 +13,20 @@
 //! *Batches.* Each crossing costs two changes of process, so requests that take microseconds travel together:
 //! all frames of a batch in one send, and all answers that one recv brought go home at once. How many that are is
 //! learnt: one at first, twice as many while they are quick, one again as soon as one is slow. Only requests that
-//! may be repeated (RFC 9110 section 9.2.2) stand behind another one in a worker: if the worker dies or stalls,
-//! they are given to somebody else, whether it has looked at them or not.
+//! may be repeated (RFC 9110 section 9.2.2) travel together: if the worker dies or stalls over one, the
+//! others are given to somebody else, whether it has looked at them or not. A worker may hold back the answers of a batch to
+//! send them together, and says in the page how many, so that the one it stalls over is known.
 //!
 //! *Who answers when something goes wrong.*
 //!
 //! | | the request that runs | those behind it |
 //! |---|---|---|
 //! | takes too long | 504, by the ring thread | back into the queue |
+//! | the worker dies before it has begun it | back into the queue | back into the queue |
 //! | the worker dies, nothing sent yet | once again when it may be repeated, else 502 | back into the queue |
 //! | the worker dies in the middle of a stream | the connection ends early | back into the queue |
+//!
+//! A request that must not run twice is *marked*: the worker writes its id into the page before it calls the application.
 
 use std::{
     collections::VecDeque,
@@ -30,7 +34,7 @@ use std::{
     os::fd::AsFd,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -67,27 +71,45 @@ const SLOW: Micros = 5_000;
 const BATCH_BYTES: usize = 64 << 10;
 /// A waiting courier looks up this often: at deadlines, clients that went away, and requests that others could serve.
 const STEP: Duration = Duration::from_millis(50);
+/// Requests behind one that has run for this long are for others to serve.
+const BEHIND_MAX: Micros = 100_000;
 /// However often it asks for more time, a request is over after this long.
 pub(super) const RUN_MAX: Micros = 3_600_000_000;
 
 /// A [`Worker::status`] before the worker's end is known.
-pub const STATUS_UNKNOWN: i32 = -1;
-/// How long a courier waits to hear how a worker ended, when that decides about a request.
-const STATUS_WAIT: Duration = Duration::from_millis(500);
+const STATUS_UNKNOWN: i32 = -1;
 
 /// What a courier is told.
 pub enum Order {
     /// Work with this worker from now on. The last one's channel is closed after the present batch.
     Link(Link),
+    /// This worker is given nothing more, and what it has is waited for.
+    Leave(u64),
     /// This worker is dead.
     Drop(u64),
     Stop,
 }
 
-/// A way to one thread of a worker.
+/// A way to one thread of a worker. While there is one, the worker is not free.
 pub struct Link {
     pub channel: Channel,
     pub worker: Arc<Worker>,
+    reporter: Reporter,
+}
+
+impl Link {
+    pub fn new(channel: Channel, worker: Arc<Worker>, reporter: Reporter) -> Link {
+        worker.links.fetch_add(1, Ordering::AcqRel);
+        Link { channel, worker, reporter }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if self.worker.links.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.reporter.send(Report::Free);
+        }
+    }
 }
 
 /// A worker process, as far as several threads need to know it.
@@ -100,6 +122,10 @@ pub struct Worker {
     pub pid: AtomicI32,
     /// Signals sent through this never reach another process of the same number.
     pub handle: OnceLock<OwnedFd>,
+    /// Ways to it that are in use.
+    pub links: AtomicUsize,
+    /// It was given a request.
+    pub tried: AtomicBool,
     pub served: AtomicU64,
     /// How it ended (waitpid(2)), once that is known.
     pub status: AtomicI32,
@@ -116,6 +142,8 @@ pub enum Report {
     Broken {
         worker: Arc<Worker>,
         why: String,
+        /// It has ended, or is about to: there is nobody at the other end.
+        ended: bool,
     },
     /// A request of it took too long.
     Overdue {
@@ -125,22 +153,42 @@ pub enum Report {
     Used {
         worker: Arc<Worker>,
     },
+    /// Nobody waits for anything from one of the workers any more.
+    Free,
     /// One worker more, or less.
     Change(isize),
     Stop,
 }
 
 impl Worker {
-    /// True when it has answered everything that it had begun: it ends with 0 only then. So what it has not answered, it
-    /// has not looked at. Waits a little for the news.
-    fn ended_in_order(&self) -> bool {
-        let until = Instant::now() + STATUS_WAIT;
-        loop {
-            match self.status.load(Ordering::Acquire) {
-                STATUS_UNKNOWN if Instant::now() < until => std::thread::sleep(Duration::from_millis(2)),
-                status => return status == 0,
-            }
+    pub fn new(id: u64, slot: usize, served_max: u64) -> Worker {
+        Worker {
+            id,
+            slot,
+            born: Instant::now(),
+            pid: AtomicI32::new(0),
+            handle: OnceLock::new(),
+            links: AtomicUsize::new(0),
+            tried: AtomicBool::new(false),
+            served: AtomicU64::new(0),
+            status: AtomicI32::new(STATUS_UNKNOWN),
+            served_max,
+            used: AtomicBool::new(false),
         }
+    }
+
+    /// It can be sent a signal, and nobody waits for an answer of it.
+    pub fn is_free(&self) -> bool {
+        self.links.load(Ordering::Acquire) == 0 && self.pid.load(Ordering::Relaxed) != 0
+    }
+
+    pub fn was_tried(&self) -> bool {
+        self.tried.load(Ordering::Relaxed)
+    }
+
+    /// It is known how it ended.
+    pub fn has_status(&self) -> bool {
+        self.status.load(Ordering::Acquire) != STATUS_UNKNOWN
     }
 }
 
@@ -191,6 +239,8 @@ pub struct Courier {
     depth: usize,
     /// Whether the worker's answers wake this thread while the worker goes on, or once it pauses.
     patient: bool,
+    /// How long a wait for the worker is now: less than [`STEP`] when a deadline is nearer.
+    step: Duration,
     /// How long the slowest request of the batch took.
     slowest: Micros,
     last_id: u32,
@@ -258,6 +308,7 @@ impl Courier {
             answers: Vec::new(),
             depth: 1,
             patient: false,
+            step: STEP,
             slowest: 0,
             last_id: 0,
             request_id,
@@ -320,12 +371,13 @@ impl Courier {
     fn obey(&mut self, order: Option<Order>, reader: &mut Reader) -> Option<()> {
         match order? {
             Order::Stop => return None,
-            Order::Drop(id) if self.link.as_ref().is_some_and(|link| link.worker.id == id) => self.unlink(),
-            Order::Drop(_) => {}
+            Order::Leave(id) | Order::Drop(id) if self.link.as_ref().is_some_and(|link| link.worker.id == id) => self.unlink(),
+            Order::Leave(_) | Order::Drop(_) => {}
             Order::Link(link) => {
                 self.unlink();
                 reader.clear();
                 self.depth = 1;
+                self.step = STEP;
                 if link.channel.data.set_read_timeout(Some(STEP)).is_ok() {
                     self.link = Some(link);
                     self.shared.pools.change_able(self.core, 1);
@@ -345,8 +397,9 @@ impl Courier {
     /// Makes a batch of this request and of others that wait.
     fn collect(&mut self, first: Errand) {
         self.now = self.shared.clock.now();
+        let alone = !may_be_repeated(&first);
         self.add(first, true);
-        let others = if self.flights.is_empty() { 0 } else { (self.depth - 1).min(self.shared.pools.share(self.core)) };
+        let others = if alone || self.flights.is_empty() { 0 } else { (self.depth - 1).min(self.shared.pools.share(self.core)) };
         for _ in 0..others {
             if self.out.len() >= BATCH_BYTES {
                 break;
@@ -361,7 +414,7 @@ impl Courier {
     }
 
     /// Writes a request's frame behind those of the batch, unless nobody wants it any more.
-    fn add(&mut self, errand: Errand, is_first: bool) {
+    fn add(&mut self, mut errand: Errand, is_first: bool) {
         let exchange = &errand.exchange;
         let wanted = match errand.started {
             true => !exchange.ticket.client_disconnected(),
@@ -372,6 +425,8 @@ impl Courier {
             self.send_home(errand, None);
             return self.flush_home();
         }
+        errand.started |= is_first;
+        let exchange = &errand.exchange;
         self.last_id = self.last_id.wrapping_add(1);
         let shared = &self.shared;
         let waited = self.now.saturating_sub(exchange.since);
@@ -380,6 +435,7 @@ impl Courier {
             queue_seconds: waited as f64 / 1e6,
             deadline: shared.monotonic_zero + (self.now + shared.run) as f64 / 1e6,
             permit: shared.permit,
+            marked: is_marked(&errand),
         };
         let left_out = frames::request(&mut self.out, self.last_id, &exchange.request(), facts);
         if left_out > 0 {
@@ -400,6 +456,10 @@ impl Courier {
     fn converse(&mut self, reader: &mut Reader) -> Result<(), Break> {
         if self.flights.len() > 1 {
             self.set_patient(true);
+        }
+        let link = self.link.as_ref().expect("a batch has a worker");
+        if !link.worker.was_tried() {
+            link.worker.tried.store(true, Ordering::Relaxed);
         }
         self.send_files()?;
         self.send(reader)?;
@@ -494,27 +554,47 @@ impl Courier {
         if self.shared.stopping.load(Ordering::Relaxed) {
             return Err(Break::Stopped);
         }
-        let (Some(link), Some(first)) = (&self.link, self.flights.front_mut()) else { return Ok(()) };
-        if self.now >= first.since + self.shared.run {
+        let runs = self.runs();
+        if runs > 0 {
+            self.begin(runs);
+        }
+        let (Some(link), Some(runner)) = (&self.link, self.flights.get_mut(runs)) else { return Ok(()) };
+        if link.worker.has_status() {
+            // Nothing is left in the socket, and a child of the worker may hold it open for years.
+            return Err(Break::Died);
+        }
+        let due = runner.since + self.shared.run;
+        if self.now >= due {
             return Err(Break::Overdue);
         }
-        let asker_left = first.errand.as_ref().is_some_and(|errand| errand.exchange.ticket.client_disconnected());
-        let reader_left = first.credit.as_ref().is_some_and(|credit| credit.is_closed());
-        if !first.gone && (asker_left || reader_left) {
-            first.gone = true;
-            link.channel.client_gone(first.id);
+        let step = STEP.min(Duration::from_micros(due - self.now));
+        if step != self.step && link.channel.data.set_read_timeout(Some(step)).is_ok() {
+            self.step = step;
         }
-        let waiting = self.held.is_some() || self.flights.iter().skip(1).any(|flight| flight.errand.is_some());
-        if waiting && self.shared.pools.is_anyone_idle() {
-            self.give_back_waiting();
+        let asker_left = runner.errand.as_ref().is_some_and(|errand| errand.exchange.ticket.client_disconnected());
+        let reader_left = runner.credit.as_ref().is_some_and(|credit| credit.is_closed());
+        if !runner.gone && (asker_left || reader_left) {
+            runner.gone = true;
+            link.channel.client_gone(runner.id);
+        }
+        let hangs = self.now >= runner.since + BEHIND_MAX;
+        let pools = &self.shared.pools;
+        if pools.is_anyone_idle() || hangs && pools.has_others() {
+            self.give_back_waiting(runs);
         }
         Ok(())
     }
 
-    /// What the worker has not begun is for others to serve.
-    fn give_back_waiting(&mut self) {
-        let flights = self.flights.iter_mut().skip(1);
-        for errand in flights.filter_map(|flight| flight.errand.take()).chain(self.held.take()) {
+    /// Which of the flights the worker is at.
+    fn runs(&self) -> usize {
+        let held = self.link.as_ref().map_or(0, |link| link.channel.held());
+        held.min(self.flights.len().saturating_sub(1))
+    }
+
+    /// What the worker is not at is for others to serve: it may be repeated, or would not stand here.
+    fn give_back_waiting(&mut self, runs: usize) {
+        let flights = self.flights.iter_mut().enumerate().filter(|(index, _)| *index != runs);
+        for errand in flights.filter_map(|(_, flight)| flight.errand.take()).chain(self.held.take()) {
             self.shared.pools.give_back(errand);
         }
     }
@@ -552,6 +632,8 @@ impl Courier {
             // Each thread of a worker may say that it is there.
             Event::Ready(_) => return Ok(Then::NextEvent),
             Event::Failed(_) => return Err(Violation("a worker that was ready could not load the application")),
+            // A thread of the application may speak of a request that is over.
+            Event::Extend(_) | Event::Hints(_) if self.flights.front().is_none_or(|first| first.id != id) => return Ok(Then::NextEvent),
             _ => {}
         }
         let first = self.flights.front_mut().filter(|first| first.id == id).ok_or(Violation("an answer that nobody asked for"))?;
@@ -642,14 +724,12 @@ impl Courier {
         let mut progress = self.now;
         loop {
             while let Some((id, event)) = reader.next_event()? {
-                if id != self.flights[0].id {
-                    return Err(Violation("a piece of another answer").into());
-                }
                 match event {
+                    Event::Extend(_) | Event::Hints(_) => {}
+                    _ if id != self.flights[0].id => return Err(Violation("a piece of another answer").into()),
                     Event::Piece(bytes) if wanted => wanted = writer.write_all(bytes).is_ok(),
                     Event::Piece(_) => {}
                     Event::End { whole } => return Ok(wanted && writer.flush().is_ok() && whole),
-                    Event::Extend(_) | Event::Hints(_) => {}
                     _ => return Err(Violation("another answer in the middle of one").into()),
                 }
             }
@@ -671,11 +751,14 @@ impl Courier {
 
     /// Takes the pieces of an answer that nobody wants.
     fn pass_over(&mut self, reader: &mut Reader) -> Result<(), Break> {
+        let first = self.flights[0].id;
+        self.link.as_ref().expect("an answer has a worker").channel.client_gone(first);
         loop {
             while let Some((id, event)) = reader.next_event()? {
                 match event {
-                    Event::End { .. } if id == self.flights[0].id => return Ok(()),
-                    Event::Piece(_) if id == self.flights[0].id => {}
+                    Event::End { .. } if id == first => return Ok(()),
+                    Event::Piece(_) if id == first => {}
+                    Event::Extend(_) | Event::Hints(_) => {}
                     _ => return Err(Violation("another answer in the middle of one").into()),
                 }
             }
@@ -691,15 +774,26 @@ impl Courier {
         if let Some(first) = self.flights.pop_front() {
             self.slowest = self.slowest.max(self.now.saturating_sub(first.begun));
         }
-        let Some(next) = self.flights.front_mut() else { return };
-        next.since = self.now;
-        next.begun = self.now;
-        if let Some(errand) = next.errand.take() {
-            if errand.started || errand.exchange.ticket.start(self.now) {
-                next.errand = Some(errand);
-            } else {
-                self.send_home(errand, None);
-            }
+        if let Some(next) = self.flights.front_mut().filter(|next| next.errand.is_none()) {
+            (next.since, next.begun) = (self.now, self.now);
+        }
+        self.begin(0);
+    }
+
+    /// The worker is at this one, so that its time counts; unless nobody wants it any more.
+    fn begin(&mut self, index: usize) {
+        let Some(flight) = self.flights.get_mut(index) else { return };
+        let Some(mut errand) = flight.errand.take() else { return };
+        if errand.started {
+            flight.errand = Some(errand);
+        } else if errand.exchange.ticket.start(self.now) {
+            errand.started = true;
+            (flight.since, flight.begun) = (self.now, self.now);
+            flight.errand = Some(errand);
+        } else {
+            (flight.since, flight.begun) = (self.now, self.now);
+            self.send_home(errand, None);
+            self.flush_home();
         }
     }
 
@@ -728,21 +822,25 @@ impl Courier {
 
     /// The worker is lost. Each of its requests gets what it is due.
     fn fall_apart(&mut self, why: Break) {
-        let Some(Link { worker, channel }) = self.link.take() else { return };
+        let index = if matches!(why, Break::Unsent) { 0 } else { self.runs() };
+        self.begin(index);
+        let Some(link) = self.link.take() else { return };
+        let worker = link.worker.clone();
         self.shared.pools.change_able(self.core, -1);
-        self.give_back_waiting();
-        let first = self.flights.pop_front();
+        self.give_back_waiting(index);
+        let flight = self.flights.remove(index);
         self.flights.clear();
-        let runs = first.and_then(|first| first.errand);
+        let id = flight.as_ref().map_or(0, |flight| flight.id);
+        let runs = flight.and_then(|flight| flight.errand);
         let request = runs.as_ref().map_or_else(String::new, |errand| {
             let request = errand.exchange.request();
             format!("{} {}", request.method(), request.path())
         });
         if let Some(mut errand) = runs {
-            let may_repeat = || may_be_repeated(&errand) || matches!(why, Break::Died) && worker.ended_in_order();
+            let unbegun = matches!(why, Break::Died) && is_marked(&errand) && link.channel.last_begun() != id;
             // Each thread of a worker may have met the same death.
             let first_time = errand.lost_with.is_none_or(|id| id == worker.id);
-            let repeat = first_time && !errand.exchange.ticket.client_disconnected() && may_repeat();
+            let again = !errand.exchange.ticket.client_disconnected() && (unbegun || first_time && may_be_repeated(&errand));
             match &why {
                 Break::Unsent => {
                     errand.started = true;
@@ -750,9 +848,11 @@ impl Courier {
                 }
                 // The ring thread has answered, or is about to.
                 Break::Overdue | Break::Stopped => self.send_home(errand, None),
-                Break::Died | Break::Violation(_) if repeat => {
+                Break::Died | Break::Violation(_) if again => {
                     errand.started = true;
-                    errand.lost_with = Some(worker.id);
+                    if !unbegun {
+                        errand.lost_with = Some(worker.id);
+                    }
                     self.shared.pools.give_back(errand);
                 }
                 Break::Died | Break::Violation(_) => {
@@ -763,6 +863,7 @@ impl Courier {
         }
         self.flush_home();
         let pid = worker.pid.load(Ordering::Relaxed);
+        let broken = |why, ended| Report::Broken { worker: worker.clone(), why, ended };
         let report = match why {
             Break::Stopped => return,
             Break::Overdue => {
@@ -771,22 +872,28 @@ impl Courier {
                     request,
                     "the worker took too long and is replaced; try: a longer --timeout, or see where it was in the traceback"
                 );
-                Report::Overdue { worker }
+                Report::Overdue { worker: worker.clone() }
             }
-            Break::Unsent => Report::Broken { worker, why: "it ended while it was idle".to_owned() },
-            Break::Died if request.is_empty() => Report::Broken { worker, why: "it ended".to_owned() },
-            Break::Died => Report::Broken { worker, why: format!("it ended while it had {request}") },
-            Break::Violation(violation) => Report::Broken { worker, why: format!("its channel brought {violation}") },
+            Break::Unsent => broken("it ended while it was idle".to_owned(), true),
+            Break::Died if request.is_empty() => broken("it ended".to_owned(), true),
+            Break::Died => broken(format!("it ended while it had {request}"), true),
+            Break::Violation(violation) => broken(format!("its channel brought {violation}"), false),
         };
         self.shared.reporter.send(report);
         // Only now, so that a worker that ends because of it is known to be replaced already.
-        drop(channel);
+        drop(link);
     }
 }
 
 /// Safe to give to a second worker when the first may have begun it (RFC 9110 section 9.2.2).
 pub(super) fn may_be_repeated(errand: &Errand) -> bool {
     matches!(errand.exchange.request().method(), "GET" | "HEAD" | "OPTIONS" | "TRACE" | "PUT" | "DELETE")
+}
+
+/// The worker has to write down that it begins this one: only so is it known, should the worker die, whether another may have
+/// it. One that may be repeated is repeated once without asking.
+fn is_marked(errand: &Errand) -> bool {
+    !may_be_repeated(errand) || errand.lost_with.is_some()
 }
 
 /// Makes request ids: the start of the process, the courier, and a number that counts.

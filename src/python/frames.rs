@@ -39,6 +39,8 @@ const ENVIRON_PLACES: u8 = 11;
 
 /// The request's body is a file, and its descriptor comes over the other socket.
 const FLAG_FILE: u8 = 1;
+/// The worker writes the id into the page when it begins.
+const FLAG_MARKED: u8 = 2;
 /// The application failed in the middle of its answer.
 const FLAG_FAILED: u8 = 1;
 
@@ -64,6 +66,8 @@ pub struct Facts<'a> {
     /// When its time is over, on CLOCK_MONOTONIC.
     pub deadline: f64,
     pub permit: Permit,
+    /// The worker is to write down that it begins.
+    pub marked: bool,
 }
 
 /// Appends the frame of a request. A body in a file is not in it: its descriptor has to be sent apart.
@@ -89,7 +93,7 @@ pub fn request(out: &mut Vec<u8>, id: u32, request: &Request<'_>, facts: Facts<'
     header[..4].copy_from_slice(&(payload as u32).to_le_bytes());
     header[4..8].copy_from_slice(&id.to_le_bytes());
     header[8] = REQUEST;
-    header[9] = flags;
+    header[9] = flags | if facts.marked { FLAG_MARKED } else { 0 };
     header[12..].copy_from_slice(&(environ_bytes as u32).to_le_bytes());
     left_out
 }

@@ -13,11 +13,12 @@
 //!
 //! A slot has at most one worker that serves. Its successor is forked beside it and takes over once it is ready,
 //! so recycling costs no request, and no two slots are recycled at a time. A worker that dies is replaced at once
-//! when it had served anybody; one that never did is replaced after 0.1 s, then 0.2 s, up to 10 s, so that a crash loop costs
-//! neither the machine nor the server.
+//! when it had been given a request; one that never was is replaced after 0.1 s, then 0.2 s, up to 10 s, so that a crash loop
+//! costs neither the machine nor the server. (A request that kills its worker is none: who sends it must not decide
+//! how long others wait.)
 //!
-//! A worker that must go is asked first: SIGUSR1 (it writes where each thread is), then SIGTERM, then SIGKILL. SIGABRT instead
-//! of SIGTERM, when a hook waits for it.
+//! A worker that serves nobody any more *leaves*. Nothing happens to it while a courier still waits for an answer of one of its
+//! threads, each of which has its own deadline. Then it gets the signals of its [`Farewell`], until its end is known.
 
 pub mod courier;
 pub mod frames;
@@ -27,11 +28,14 @@ pub mod zygote;
 use std::{
     collections::BTreeMap,
     fmt, fs, io,
-    os::{fd::AsFd, unix::net::UnixStream},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::{Path, PathBuf},
     sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering},
+        Arc,
+        atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant, SystemTime},
@@ -42,11 +46,11 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
     net::RecvFlags,
-    process::{Pid, PidfdFlags, Signal},
+    process::{Pid, PidfdFlags, Signal, WaitOptions},
 };
 
 use self::{
-    courier::{Courier, Link, Order, Report, Reporter, STATUS_UNKNOWN, Shared, Worker},
+    courier::{Courier, Link, Order, Report, Reporter, Shared, Worker},
     frames::{Event, Reader},
     multiplexer::Multiplexer,
     zygote::{About, Channel, News, Zygote},
@@ -64,12 +68,21 @@ use crate::{
 /// First and longest pause before a worker that serves nobody is tried again.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
-/// After its traceback was asked for, a worker is given this long to write it.
-const TRACEBACK_WAIT: Duration = Duration::from_millis(100);
-/// Between SIGTERM and SIGKILL.
+/// After its traceback was asked for, a worker is given this long to write it: half of the 100 ms after its deadline that it may
+/// live.
+const TRACEBACK_WAIT: Duration = Duration::from_millis(50);
+/// Between being told to end and SIGKILL.
 const KILL_WAIT: Duration = Duration::from_secs(1);
 /// A worker that nobody needs any more ends by itself; after this long it is told to.
 const RETIRE_WAIT: Duration = Duration::from_secs(5);
+/// The zygote forks in milliseconds, or hangs.
+const ZYGOTE_WAIT: Duration = Duration::from_secs(10);
+/// A worker may load the application for this long, and ten times as long as any before it. The first ones may take
+/// however long they want.
+const LOAD_WAIT: Duration = Duration::from_secs(10);
+/// Workers that SIGKILL does not end (a file server that is gone makes them wait where no signal comes) are replaced
+/// until there are so many for each that should be.
+const UNDEAD_MAX: usize = 2;
 /// While the application is loaded, a stop is noticed this soon.
 const STARTING_LOOK: Duration = Duration::from_millis(100);
 /// Age and memory are looked at this often.
@@ -273,9 +286,8 @@ impl Workers {
             slots: Vec::new(),
             couriers: 0,
             pending: Vec::new(),
-            retired: Vec::new(),
-            lost: Vec::new(),
-            signals: Vec::new(),
+            leaving: Vec::new(),
+            longest_load: Duration::ZERO,
             next_id: 1,
             check_at: Instant::now() + CHECK,
             reports: taken,
@@ -375,12 +387,9 @@ struct Supervisor {
     couriers: u32,
     /// Workers that load the application.
     pending: Vec<Pending>,
-    /// Workers that serve nobody and should end, and since when only this list knows them.
-    retired: Vec<(Arc<Worker>, Option<Instant>)>,
-    /// Workers that were lost and whose end has not been reported.
-    lost: Vec<Arc<Worker>>,
-    /// Signals to be sent later.
-    signals: Vec<(Instant, Arc<Worker>, Signal)>,
+    leaving: Vec<Leaving>,
+    /// How long a worker took to load the application, at most.
+    longest_load: Duration,
     next_id: u64,
     check_at: Instant,
     reports: Receiver<Report>,
@@ -419,10 +428,78 @@ impl Orders {
     }
 }
 
+impl Slot {
+    fn is_due(&self, now: Instant) -> bool {
+        self.fork_at.is_none_or(|at| at <= now)
+    }
+}
+
 struct Pending {
     worker: Arc<Worker>,
     channels: Vec<Channel>,
     reader: Reader,
+}
+
+/// A worker that serves nobody any more, until its end is known.
+struct Leaving {
+    worker: Arc<Worker>,
+    farewell: Farewell,
+    since: Instant,
+    /// Signals still to be sent, each with the wait before it.
+    steps: &'static [(Duration, Signal)],
+    /// When the first of them is due. `None`: there is none, or a courier still waits for an answer.
+    due: Option<Instant>,
+}
+
+/// Why a worker leaves; the more urgent, the later in this list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Farewell {
+    /// It has a successor, or is one too many.
+    Retired,
+    /// It has closed its channel, so it is ending.
+    Ended,
+    /// A request of it took too long, and there is a hook for that. Where each thread is, it was asked when that was found.
+    Aborted,
+    /// The same without a hook.
+    Overdue,
+    /// What it says cannot be understood.
+    Broken,
+}
+
+impl Farewell {
+    fn steps(self) -> &'static [(Duration, Signal)] {
+        match self {
+            Farewell::Retired => &[(RETIRE_WAIT, Signal::TERM), (KILL_WAIT, Signal::KILL)],
+            Farewell::Ended => &[(KILL_WAIT, Signal::KILL)],
+            Farewell::Aborted => &[(TRACEBACK_WAIT, Signal::ABORT), (KILL_WAIT, Signal::KILL)],
+            Farewell::Overdue => &[(TRACEBACK_WAIT, Signal::KILL)],
+            Farewell::Broken => &[(Duration::ZERO, Signal::KILL)],
+        }
+    }
+}
+
+impl Leaving {
+    fn new(worker: Arc<Worker>, farewell: Farewell) -> Leaving {
+        Leaving { worker, farewell, since: Instant::now(), steps: farewell.steps(), due: None }
+    }
+
+    /// Sends what is due.
+    fn act(&mut self, now: Instant) {
+        if self.due.is_none() && self.worker.is_free() {
+            self.due = self.steps.first().map(|step| now + step.0);
+        }
+        while let (Some((_, signal)), Some(_)) = (self.steps.first(), self.due.filter(|due| *due <= now)) {
+            send_signal(&self.worker, *signal);
+            self.steps = &self.steps[1..];
+            self.due = self.steps.first().map(|step| now + step.0);
+        }
+    }
+
+    fn hurry(&mut self, farewell: Farewell) {
+        if farewell > self.farewell {
+            *self = Leaving::new(self.worker.clone(), farewell);
+        }
+    }
 }
 
 impl Supervisor {
@@ -474,25 +551,21 @@ impl Supervisor {
 
     fn next_due(&self) -> Option<Instant> {
         let forks = self.slots.iter().filter_map(|slot| slot.fork_at).filter(|_| self.about.is_some());
-        let checks = (self.has_checks() || !self.retired.is_empty()).then_some(self.check_at);
-        let signals = self.signals.iter().map(|signal| signal.0);
+        let checks = (self.has_checks() || !self.leaving.is_empty()).then_some(self.check_at);
+        let signals = self.leaving.iter().filter_map(|leaving| leaving.due);
+        let loads = self.pending.iter().map(|pending| self.load_limit(&pending.worker));
         // While the application is loaded, nothing else would notice that all of this is to stop.
         let look = self.starting.then(|| Instant::now() + STARTING_LOOK);
-        forks.chain(look).chain(checks).chain(signals).chain(self.zygote_at).min()
+        forks.chain(look).chain(checks).chain(signals).chain(loads).chain(self.zygote_at).min()
     }
 
     fn has_checks(&self) -> bool {
-        self.app.max_rss.is_some() || self.app.max_age.is_some()
+        self.app.max_rss.is_some() || self.app.max_age.is_some() || is_first_process()
     }
 
     /// Does what is due.
     fn act(&mut self, now: Instant) {
-        let (due, later) = std::mem::take(&mut self.signals).into_iter().partition(|signal| signal.0 <= now);
-        self.signals = later;
-        let due: Vec<(Instant, Arc<Worker>, Signal)> = due;
-        for (_, worker, signal) in due {
-            send_signal(&worker, signal);
-        }
+        self.leaving.iter_mut().for_each(|leaving| leaving.act(now));
         if self.zygote_at.is_some_and(|at| at <= now) {
             self.zygote_at = None;
             self.start_zygote();
@@ -501,17 +574,19 @@ impl Supervisor {
             self.check_at = now + CHECK;
             self.check(now);
         }
+        self.give_up_loading(now);
         if self.about.is_some() {
             self.fork_due(now);
         }
     }
 
-    /// Looks for workers that are too old or too large, and for those that do not end.
+    /// Looks for workers that are too old or too large, and for ends that nobody has told.
     fn check(&mut self, now: Instant) {
         for slot in &mut self.slots {
             let Some(worker) = &slot.current else { continue };
             let old = self.app.max_age.is_some_and(|limit| now.duration_since(worker.born) >= limit);
-            let large = self.app.max_rss.is_some_and(|limit| resident_bytes(worker) > limit);
+            // One that was never given anything is as large as the application: its successor would be, too.
+            let large = self.app.max_rss.is_some_and(|limit| worker.was_tried() && resident_bytes(worker) > limit);
             if (old || large) && !slot.recycle {
                 tracing::info!(
                     pid = worker.pid.load(Ordering::Relaxed),
@@ -521,38 +596,59 @@ impl Supervisor {
                 slot.recycle = true;
             }
         }
-        let mut overdue = Vec::new();
-        for (worker, since) in &mut self.retired {
-            // Otherwise a courier still finishes its batch with it.
-            if since.is_none() && Arc::strong_count(worker) == 1 {
-                *since = Some(now);
-            } else if since.is_some_and(|since| now.duration_since(since) >= RETIRE_WAIT) {
-                *since = Some(now);
-                overdue.push(worker.clone());
-            }
+        // Their zygote may have ended before them.
+        self.leaving.retain(|leaving| !has_ended(&leaving.worker));
+        if is_first_process() {
+            reap_strays(self.zygote.as_ref().map(Zygote::child));
         }
-        for worker in overdue {
-            self.terminate(&worker, Signal::TERM, now);
+    }
+
+    /// Until when a worker may load the application.
+    fn load_limit(&self, worker: &Worker) -> Instant {
+        let is_forked = worker.pid.load(Ordering::Relaxed) != 0;
+        worker.born + if is_forked { LOAD_WAIT + 10 * self.longest_load } else { ZYGOTE_WAIT }
+    }
+
+    /// An import may wait for something that never comes, and nobody else would load the application in its place.
+    fn give_up_loading(&mut self, now: Instant) {
+        while let Some(index) = self.pending.iter().position(|pending| self.load_limit(&pending.worker) <= now) {
+            if self.pending[index].worker.pid.load(Ordering::Relaxed) == 0 {
+                return self.zygote_lost("It does not fork workers any more.");
+            }
+            if self.starting {
+                return;
+            }
+            let worker = self.pending.swap_remove(index).worker;
+            send_signal(&worker, Signal::USR1);
+            self.loading_failed(worker, Farewell::Overdue, "Loading it takes far longer than before. Its traceback says where it is.");
         }
     }
 
     fn fork_due(&mut self, now: Instant) {
-        for index in 0..self.slots.len() {
-            let slot = &self.slots[index];
-            if slot.closed || self.pending.iter().any(|pending| pending.worker.slot == index) {
-                continue;
-            }
-            let missing = slot.current.is_none() && slot.fork_at.is_none_or(|at| at <= now);
-            // One at a time: with fewer workers than wanted, nobody is replaced for a lesser reason.
-            let recycles = slot.recycle && self.pending.is_empty() && self.is_complete();
-            if missing || recycles {
-                self.slots[index].fork_at = None;
-                self.fork(index);
-            }
+        if !may_fork(self.leaving.iter().filter(|leaving| leaving.steps.is_empty()).count(), self.open_slots()) {
+            return;
+        }
+        let is_loading = |index| self.pending.iter().any(|pending| pending.worker.slot == index);
+        let is_missing = |(index, slot): &(usize, &Slot)| !slot.closed && slot.current.is_none() && slot.is_due(now) && !is_loading(*index);
+        let missing: Vec<usize> = self.slots.iter().enumerate().filter(is_missing).map(|(index, _)| index).collect();
+        missing.into_iter().for_each(|index| self.fork(index));
+        if self.may_recycle(now) {
+            // The oldest first, or that of a busy slot would have its next turn before others had one.
+            let wanted = self.slots.iter().enumerate().filter(|(_, slot)| slot.recycle && slot.is_due(now));
+            let oldest = wanted.min_by_key(|(_, slot)| slot.current.as_ref().map(|worker| worker.born));
+            oldest.map(|(index, _)| index).into_iter().for_each(|index| self.fork(index));
         }
     }
 
+    /// One at a time: not while another one is loaded, nor while its predecessor is ending, unless that takes long. And with fewer
+    /// workers than wanted, nobody is replaced for a lesser reason.
+    fn may_recycle(&self, now: Instant) -> bool {
+        let ending = self.leaving.iter().any(|leaving| leaving.farewell == Farewell::Retired && now < leaving.since + RETIRE_WAIT);
+        self.pending.is_empty() && self.is_complete() && !ending
+    }
+
     fn fork(&mut self, slot: usize) {
+        self.slots[slot].fork_at = None;
         let Some(zygote) = &self.zygote else { return };
         let id = self.next_id;
         self.next_id += 1;
@@ -560,17 +656,8 @@ impl Supervisor {
             0 => 0,
             most => self.shared.start.wrapping_mul(2_654_435_761).wrapping_add(id as u32).wrapping_mul(40_503) as u64 % (most + 1),
         };
-        let worker = Worker {
-            id,
-            slot,
-            born: Instant::now(),
-            pid: AtomicI32::new(0),
-            handle: OnceLock::new(),
-            served: AtomicU64::new(0),
-            status: AtomicI32::new(STATUS_UNKNOWN),
-            served_max: if self.app.max_requests == 0 { 0 } else { self.app.max_requests + jitter },
-            used: AtomicBool::new(false),
-        };
+        let served_max = if self.app.max_requests == 0 { 0 } else { self.app.max_requests + jitter };
+        let worker = Worker::new(id, slot, served_max);
         match zygote.fork(id, self.app.channels()) {
             Ok(channels) => self.pending.push(Pending { worker: Arc::new(worker), channels, reader: Reader::new() }),
             Err(error) => {
@@ -580,7 +667,7 @@ impl Supervisor {
         }
     }
 
-    /// The slot's worker failed to serve anybody.
+    /// The slot's worker was of no use to anybody.
     fn try_later(&mut self, slot: usize) {
         let slot = &mut self.slots[slot];
         slot.fork_at = Some(Instant::now() + pause(slot.failures));
@@ -593,42 +680,46 @@ impl Supervisor {
         let pending = &mut self.pending[index];
         let received = rustix::net::recv(&pending.channels[0].data, pending.reader.room(), RecvFlags::DONTWAIT);
         let failure = match received {
-            Ok((0, _)) => Some("The worker ended before it had loaded the application.".to_owned()),
+            Ok((0, _)) => Some((Farewell::Ended, "The worker ended before it had loaded the application.".to_owned())),
             Ok((bytes, _)) => {
                 pending.reader.add(bytes);
                 match pending.reader.next_event() {
                     Ok(None) => return,
                     Ok(Some((_, Event::Ready(_)))) => None,
-                    Ok(Some((_, Event::Failed(text)))) => Some(String::from_utf8_lossy(text).into_owned()),
-                    Ok(Some(_)) => Some("The worker said something else than that it is ready.".to_owned()),
-                    Err(violation) => Some(format!("The worker sent {violation}.")),
+                    Ok(Some((_, Event::Failed(text)))) => Some((Farewell::Ended, String::from_utf8_lossy(text).into_owned())),
+                    Ok(Some(_)) => Some((Farewell::Broken, "The worker said something else than that it is ready.".to_owned())),
+                    Err(violation) => Some((Farewell::Broken, format!("The worker sent {violation}."))),
                 }
             }
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
-            Err(error) => Some(format!("The worker ended before it had loaded the application ({error}).")),
+            Err(error) => Some((Farewell::Ended, format!("The worker ended before it had loaded the application ({error})."))),
         };
         let pending = self.pending.swap_remove(index);
         match failure {
-            None if pending.reader.is_inside() => self.loading_failed(pending.worker, "The worker said more than that it is ready."),
+            None if pending.reader.is_inside() => {
+                self.loading_failed(pending.worker, Farewell::Broken, "The worker said more than that it is ready.");
+            }
             None => self.install(pending),
-            Some(why) => self.loading_failed(pending.worker, &why),
+            Some((farewell, why)) => self.loading_failed(pending.worker, farewell, &why),
         }
     }
 
     /// A worker is ready: the slot's couriers go over to it.
     fn install(&mut self, pending: Pending) {
         let Pending { worker, channels, .. } = pending;
+        self.longest_load = self.longest_load.max(worker.born.elapsed());
         let slot = &mut self.slots[worker.slot];
         for (orders, channel) in slot.orders.iter().zip(channels) {
-            orders.send(Order::Link(Link { channel, worker: worker.clone() }));
+            orders.send(Order::Link(Link::new(channel, worker.clone(), self.shared.reporter.clone())));
         }
         slot.recycle = false;
         if let Some(old) = slot.current.replace(worker) {
-            self.retired.push((old, None));
+            slot.failures = 0;
+            self.leave(old, Farewell::Retired);
         }
     }
 
-    fn loading_failed(&mut self, worker: Arc<Worker>, why: &str) {
+    fn loading_failed(&mut self, worker: Arc<Worker>, farewell: Farewell, why: &str) {
         if self.starting {
             self.failure.get_or_insert_with(|| why.to_owned());
             return;
@@ -637,8 +728,8 @@ impl Supervisor {
             pid = worker.pid.load(Ordering::Relaxed),
             "a new worker could not load the application; those that serve go on:\n{why}"
         );
-        send_signal(&worker, Signal::KILL);
         self.try_later(worker.slot);
+        self.leave(worker, farewell);
     }
 
     fn take_news(&mut self) {
@@ -650,6 +741,7 @@ impl Supervisor {
                         tracing::warn!("{warning}");
                     }
                     self.zygote_failures = 0;
+                    self.zygote.iter_mut().for_each(|zygote| zygote.meet(&about));
                     self.about = Some(about);
                 }
                 Err(why) => self.zygote_lost(&why),
@@ -659,9 +751,12 @@ impl Supervisor {
             Ok(Some(News::Unforked { forked, error })) => {
                 if let Some(index) = self.pending.iter().position(|pending| pending.worker.id == forked) {
                     let pending = self.pending.swap_remove(index);
+                    let hint = "a higher limit (ulimit -u), or fewer --workers";
+                    pending.worker.status.store(0, Ordering::Release);
                     self.loading_failed(
                         pending.worker,
-                        &format!("The worker could not be forked: {error}.\nhint: a higher limit (ulimit -u), or fewer --workers"),
+                        Farewell::Ended,
+                        &format!("The worker could not be forked: {error}.\nhint: {hint}"),
                     );
                 }
             }
@@ -672,86 +767,94 @@ impl Supervisor {
     }
 
     fn forked(&mut self, id: u64, pid: i32) {
-        let pending = self.pending.iter().map(|pending| &pending.worker);
-        let others = self.slots.iter().filter_map(|slot| slot.current.as_ref()).chain(self.retired.iter().map(|retired| &retired.0));
-        let Some(worker) = pending.chain(others).find(|worker| worker.id == id) else { return };
+        let Some(zygote) = &self.zygote else { return };
+        let Some(worker) = self.known().find(|worker| worker.id == id) else { return };
         worker.pid.store(pid, Ordering::Relaxed);
-        if let Some(handle) = Pid::from_raw(pid).and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()) {
+        if let Some(handle) = open_handle(pid, zygote.pid()) {
             let _ = worker.handle.set(handle);
         }
     }
 
+    /// Every worker whose end is not known.
+    fn known(&self) -> impl Iterator<Item = &Arc<Worker>> {
+        let pending = self.pending.iter().map(|pending| &pending.worker);
+        let current = self.slots.iter().filter_map(|slot| slot.current.as_ref());
+        pending.chain(current).chain(self.leaving.iter().map(|leaving| &leaving.worker))
+    }
+
     fn exited(&mut self, pid: i32, status: i32) {
         let is_it = |worker: &Arc<Worker>| worker.pid.load(Ordering::Relaxed) == pid;
-        self.signals.retain(|signal| !is_it(&signal.1));
-        if let Some(worker) = self.lost.iter().position(is_it).map(|index| self.lost.swap_remove(index)) {
-            worker.status.store(status, Ordering::Release);
-        }
-        if let Some(index) = self.retired.iter().position(|retired| is_it(&retired.0)) {
-            self.retired.swap_remove(index);
-            return;
-        }
+        let Some(worker) = self.known().find(|worker| is_it(worker)).cloned() else { return };
         // Its last words are heard first: they say more than the status.
-        if let Some(id) = self.pending.iter().map(|pending| &pending.worker).find(|worker| is_it(worker)).map(|worker| worker.id) {
-            self.hear(id);
+        self.hear(worker.id);
+        worker.status.store(status, Ordering::Release);
+        if let Some(index) = self.leaving.iter().position(|leaving| is_it(&leaving.worker)) {
+            let leaving = self.leaving.swap_remove(index);
+            // A courier has found it first, and could not say how it ended. What we ended ourselves is no news.
+            if leaving.farewell == Farewell::Ended && !leaving.steps.is_empty() && status != 0 {
+                tracing::warn!(pid, "the worker ended ({})", describe(status));
+            }
         }
         if let Some(index) = self.pending.iter().position(|pending| is_it(&pending.worker)) {
-            let pending = self.pending.swap_remove(index);
-            return self
-                .loading_failed(pending.worker, &format!("The worker ended while it loaded the application ({}).", describe(status)));
+            self.pending.swap_remove(index);
+            let why = format!("The worker ended while it loaded the application ({}).", describe(status));
+            return self.loading_failed(worker, Farewell::Ended, &why);
         }
-        let current = self.slots.iter().filter_map(|slot| slot.current.as_ref()).find(|worker| is_it(worker)).cloned();
-        if let Some(worker) = current {
-            worker.status.store(status, Ordering::Release);
+        if self.is_current(&worker) {
             tracing::warn!(pid, "a worker ended ({}) and is replaced", describe(status));
-            self.lose(&worker);
+            self.lose(&worker, Farewell::Ended);
         }
     }
 
+    fn is_current(&self, worker: &Worker) -> bool {
+        self.slots[worker.slot].current.as_ref().is_some_and(|current| current.id == worker.id)
+    }
+
     /// A worker is of no use any more: its slot needs another.
-    fn lose(&mut self, worker: &Arc<Worker>) {
-        let Some(slot) =
-            self.slots.get_mut(worker.slot).filter(|slot| slot.current.as_ref().is_some_and(|current| current.id == worker.id))
-        else {
-            return;
-        };
-        slot.current = None;
-        slot.recycle = false;
-        // Its couriers may ask how it ended.
-        self.lost.retain(|worker| Arc::strong_count(worker) > 1);
-        self.lost.push(worker.clone());
-        for orders in &slot.orders {
-            orders.send(Order::Drop(worker.id));
+    fn lose(&mut self, worker: &Arc<Worker>, farewell: Farewell) {
+        if self.is_current(worker) {
+            let slot = &mut self.slots[worker.slot];
+            slot.current = None;
+            slot.recycle = false;
+            for orders in &slot.orders {
+                orders.send(if worker.has_status() { Order::Drop(worker.id) } else { Order::Leave(worker.id) });
+            }
+            if worker.was_tried() {
+                slot.failures = 0;
+                slot.fork_at = None;
+            } else {
+                self.try_later(worker.slot);
+            }
         }
-        if worker.served.load(Ordering::Relaxed) > 0 {
-            slot.failures = 0;
-            slot.fork_at = None;
-        } else {
-            self.try_later(worker.slot);
+        self.leave(worker.clone(), farewell);
+    }
+
+    fn leave(&mut self, worker: Arc<Worker>, farewell: Farewell) {
+        if worker.has_status() {
+            return;
+        }
+        match self.leaving.iter_mut().find(|leaving| leaving.worker.id == worker.id) {
+            Some(leaving) => leaving.hurry(farewell),
+            None => self.leaving.push(Leaving::new(worker, farewell)),
         }
     }
 
     fn take_report(&mut self, report: Report) {
         match report {
-            Report::Broken { worker, why } => {
-                if self.slots[worker.slot].current.as_ref().is_some_and(|current| current.id == worker.id) {
+            Report::Broken { worker, why, ended } => {
+                if self.is_current(&worker) {
                     tracing::error!(pid = worker.pid.load(Ordering::Relaxed), "a worker is replaced: {why}");
                 }
-                self.lose(&worker);
-                send_signal(&worker, Signal::KILL);
+                self.lose(&worker, if ended { Farewell::Ended } else { Farewell::Broken });
             }
             Report::Overdue { worker } => {
-                // It had its chance, but others of its kind have not: no pause.
-                worker.served.fetch_add(1, Ordering::Relaxed);
-                self.lose(&worker);
-                let now = Instant::now();
+                // Also for those of its threads that go on.
                 send_signal(&worker, Signal::USR1);
-                let first = if self.app.has_worker_abort { Signal::ABORT } else { Signal::TERM };
-                self.terminate(&worker, first, now + TRACEBACK_WAIT);
+                self.lose(&worker, if self.app.has_worker_abort { Farewell::Aborted } else { Farewell::Overdue });
             }
             Report::Used { worker } => {
-                let slot = &mut self.slots[worker.slot];
-                slot.recycle |= slot.current.as_ref().is_some_and(|current| current.id == worker.id);
+                let is_current = self.is_current(&worker);
+                self.slots[worker.slot].recycle |= is_current;
             }
             Report::Change(more) if more > 0 => {
                 self.add_slot();
@@ -759,13 +862,8 @@ impl Supervisor {
                 tracing::info!(workers = self.open_slots(), "one worker more");
             }
             Report::Change(_) => self.remove_slot(),
-            Report::Stop => {}
+            Report::Free | Report::Stop => {}
         }
-    }
-
-    fn terminate(&mut self, worker: &Arc<Worker>, first: Signal, at: Instant) {
-        self.signals.push((at, worker.clone(), first));
-        self.signals.push((at + KILL_WAIT, worker.clone(), Signal::KILL));
     }
 
     fn open_slots(&self) -> usize {
@@ -778,7 +876,9 @@ impl Supervisor {
     }
 
     fn add_slot(&mut self) {
-        let index = self.slots.len();
+        // A slot that was closed is opened again, so that coming and going leaves nothing behind.
+        let closed = self.slots.iter().position(|slot| slot.closed);
+        let index = closed.unwrap_or(self.slots.len());
         let core = index % self.cpus.len();
         let (mut orders, mut couriers) = (Vec::new(), Vec::new());
         for thread in 0..self.app.channels() {
@@ -790,7 +890,11 @@ impl Supervisor {
                 Err(error) => tracing::error!(%error, "a thread for a worker could not be started; try: a higher limit (ulimit -u)"),
             }
         }
-        self.slots.push(Slot { orders, couriers, current: None, failures: 0, fork_at: None, recycle: false, closed: false });
+        let slot = Slot { orders, couriers, current: None, failures: 0, fork_at: None, recycle: false, closed: false };
+        match closed {
+            Some(index) => self.slots[index] = slot,
+            None => self.slots.push(slot),
+        }
     }
 
     fn start_courier(&mut self, core: usize, name: String) -> io::Result<(Orders, JoinHandle<()>)> {
@@ -818,13 +922,11 @@ impl Supervisor {
         let slot = &mut self.slots[index];
         slot.closed = true;
         slot.orders.drain(..).for_each(|orders| orders.send(Order::Stop));
-        if let Some(worker) = slot.current.take() {
-            self.retired.push((worker, None));
-        }
-        if let Some(at) = self.pending.iter().position(|pending| pending.worker.slot == index) {
-            // Its channels close, so it ends by itself.
-            self.retired.push((self.pending.swap_remove(at).worker, None));
-        }
+        let current = slot.current.take();
+        let pending = self.pending.iter().position(|pending| pending.worker.slot == index);
+        // Its channels close, so it ends by itself.
+        let pending = pending.map(|at| self.pending.swap_remove(at).worker);
+        current.into_iter().chain(pending).for_each(|worker| self.leave(worker, Farewell::Retired));
         self.say_workers();
         tracing::info!(workers = self.open_slots(), "one worker less");
     }
@@ -836,7 +938,7 @@ impl Supervisor {
         }
     }
 
-    /// Without the zygote its workers end too (PR_SET_PDEATHSIG): everything starts again.
+    /// Without the zygote its workers end too (PR_SET_PDEATHSIG), after what they are at: everything starts again.
     fn zygote_lost(&mut self, why: &str) {
         if self.starting {
             self.failure.get_or_insert_with(|| why.to_owned());
@@ -844,31 +946,39 @@ impl Supervisor {
         }
         tracing::error!("the Python zygote is started again:\n{why}");
         self.about = None;
-        self.pending.clear();
-        let workers: Vec<Arc<Worker>> = self.slots.iter().filter_map(|slot| slot.current.clone()).collect();
-        for worker in workers {
-            self.lose(&worker);
-            send_signal(&worker, Signal::KILL);
-        }
         if let Some(zygote) = self.zygote.take() {
-            zygote.end();
+            zygote.kill();
         }
+        let loading: Vec<Arc<Worker>> = self.pending.drain(..).map(|pending| pending.worker).collect();
+        let serving: Vec<Arc<Worker>> = self.slots.iter().filter_map(|slot| slot.current.clone()).collect();
+        loading.into_iter().for_each(|worker| self.leave(worker, Farewell::Ended));
+        serving.iter().for_each(|worker| self.lose(worker, Farewell::Ended));
+        // Nobody will tell what became of those that were to be forked.
+        self.leaving.retain(|leaving| leaving.worker.pid.load(Ordering::Relaxed) != 0);
         self.zygote_at = Some(Instant::now() + pause(self.zygote_failures));
         self.zygote_failures = self.zygote_failures.saturating_add(1);
     }
 
-    fn end(self) {
+    fn end(mut self) {
         for slot in &self.slots {
             slot.orders.iter().for_each(|orders| orders.send(Order::Stop));
         }
-        for slot in self.slots {
-            slot.couriers.into_iter().for_each(|courier| drop(courier.join()));
+        for slot in &mut self.slots {
+            slot.couriers.drain(..).for_each(|courier| drop(courier.join()));
         }
-        drop(self.pending);
-        if let Some(zygote) = self.zygote {
+        let workers: Vec<Arc<Worker>> = self.known().cloned().collect();
+        self.pending.clear();
+        if let Some(zygote) = self.zygote.take() {
             zygote.end();
         }
+        // A zygote ends its workers before itself, unless it was killed.
+        workers.iter().for_each(|worker| send_signal(worker, Signal::KILL));
     }
+}
+
+/// False when that many workers cannot be killed.
+fn may_fork(undead: usize, slots: usize) -> bool {
+    undead < UNDEAD_MAX * slots
 }
 
 /// 0.1 s, doubled for each failure before, 10 s at most.
@@ -883,6 +993,38 @@ fn send_signal(worker: &Worker, signal: Signal) {
     }
 }
 
+/// Something to signal the process through, if it is a child of the zygote. Its number alone may mean another by now.
+fn open_handle(pid: i32, zygote: Option<i32>) -> Option<OwnedFd> {
+    let handle = rustix::process::pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let parent = stat.rsplit_once(") ").and_then(|(_, fields)| fields.split(' ').nth(1)?.parse::<i32>().ok());
+    parent.is_none_or(|parent| zygote.is_none_or(|zygote| parent == zygote)).then_some(handle)
+}
+
+/// A process of which there is a handle is known to have ended even when nobody says so.
+fn has_ended(worker: &Worker) -> bool {
+    let Some(handle) = worker.handle.get() else { return worker.has_status() };
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    rustix::event::poll(&mut [PollFd::new(handle, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
+fn is_first_process() -> bool {
+    std::process::id() == 1
+}
+
+/// The first process of a container becomes the parent of every process there that loses its own (pid_namespaces(7)): those that
+/// a worker left, and the workers that a zygote left. Somebody has to ask how they ended.
+fn reap_strays(zygote: Option<i32>) {
+    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    for children in tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok()) {
+        let children = children.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok());
+        for child in children.filter(|pid| Some(*pid) != zygote) {
+            // An error: somebody else has asked.
+            let _ = rustix::process::waitpid(Pid::from_raw(child), WaitOptions::NOHANG);
+        }
+    }
+}
+
 /// What of a worker is in memory; 0 when it is gone.
 fn resident_bytes(worker: &Worker) -> u64 {
     let statm = fs::read_to_string(format!("/proc/{}/statm", worker.pid.load(Ordering::Relaxed))).unwrap_or_default();
@@ -894,6 +1036,7 @@ fn resident_bytes(worker: &Worker) -> u64 {
 fn describe(status: i32) -> String {
     match (status & 0x7f, status >> 8 & 0xff) {
         (0, code) => format!("exit status {code}"),
+        (libc::SIGKILL, _) => "signal 9; try: dmesg, for the kernel kills when memory runs out".to_owned(),
         (signal, _) => format!("signal {signal}"),
     }
 }
@@ -906,6 +1049,48 @@ mod tests {
     fn pauses_double_up_to_ten_seconds() {
         let pauses: Vec<u128> = [0, 1, 2, 6, 7, 40, u32::MAX].iter().map(|failures| pause(*failures).as_millis()).collect();
         assert_eq!(pauses, [100, 200, 400, 6_400, 10_000, 10_000, 10_000]);
+    }
+
+    #[test]
+    fn workers_that_cannot_be_killed_are_replaced_only_so_often() {
+        assert!(may_fork(0, 1) && may_fork(1, 1) && may_fork(7, 4));
+        assert!(!may_fork(2, 1) && !may_fork(8, 4));
+    }
+
+    #[test]
+    fn a_process_of_another_parent_gets_no_handle() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("a process");
+        let pid = child.id().cast_signed();
+        let parent = Some(std::process::id().cast_signed());
+        assert!(open_handle(pid, parent).is_some());
+        assert!(open_handle(pid, Some(1)).is_none());
+        child.kill().expect("a child");
+        child.wait().expect("a child");
+        assert!(open_handle(pid, parent).is_none());
+    }
+
+    #[test]
+    fn a_leaving_worker_is_left_alone_while_it_is_used_and_hurried_only_forward() {
+        let worker = Arc::new(Worker::new(1, 0, 0));
+        let now = Instant::now();
+        worker.links.store(1, Ordering::Relaxed);
+        let mut leaving = Leaving::new(worker.clone(), Farewell::Retired);
+        leaving.act(now + RETIRE_WAIT);
+        assert_eq!((leaving.due, leaving.steps.len()), (None, 2));
+        leaving.hurry(Farewell::Aborted);
+        leaving.hurry(Farewell::Ended);
+        assert_eq!(leaving.farewell, Farewell::Aborted);
+        // Nobody has told its number yet: nothing could be sent.
+        worker.links.store(0, Ordering::Relaxed);
+        leaving.act(now);
+        assert_eq!(leaving.due, None);
+        worker.pid.store(1, Ordering::Relaxed);
+        leaving.act(now);
+        assert_eq!(leaving.due, Some(now + TRACEBACK_WAIT));
+        leaving.act(now + TRACEBACK_WAIT);
+        assert_eq!(leaving.due, Some(now + TRACEBACK_WAIT + KILL_WAIT));
+        leaving.act(now + TRACEBACK_WAIT + KILL_WAIT);
+        assert_eq!((leaving.due, leaving.steps.len()), (None, 0));
     }
 
     #[test]
@@ -941,7 +1126,8 @@ mod tests {
 
     #[test]
     fn a_wait_status_is_told_in_words() {
-        assert_eq!(describe(9), "signal 9");
+        assert_eq!(describe(11), "signal 11");
+        assert!(describe(9).starts_with("signal 9; try: dmesg"));
         assert_eq!(describe(3 << 8), "exit status 3");
     }
 }

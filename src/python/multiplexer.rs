@@ -302,6 +302,8 @@ impl Multiplexer {
                         Err(Break::Died)
                     });
                 }
+                Ok(Order::Leave(id)) if self.line.as_ref().is_some_and(|line| line.link.worker.id == id) => self.unlink(),
+                Ok(Order::Leave(_)) => {}
                 Ok(Order::Stop) => {
                     self.stopping = true;
                     self.unlink();
@@ -445,6 +447,7 @@ impl Multiplexer {
             queue_seconds: since.saturating_sub(exchange.since) as f64 / 1e6,
             deadline: shared.monotonic_zero + (since + shared.run) as f64 / 1e6,
             permit: shared.permit,
+            marked: false,
         };
         let at = line.sent_before + line.out.len() as u64;
         let left_out = frames::request(&mut line.out, self.last_id, &exchange.request(), facts);
@@ -457,6 +460,7 @@ impl Multiplexer {
         }
         let flight = Flight { what: What::Errand(errand), since, begun: since, at, gone: false, cancelled: None };
         line.flights.insert(self.last_id, flight);
+        line.link.worker.tried.store(true, Ordering::Relaxed);
     }
 
     /// As much as the socket has room for. The rest waits for more.
@@ -738,9 +742,10 @@ impl Multiplexer {
 
     /// The worker is lost. Each of its requests gets what it is due.
     fn fall_apart(&mut self, line: Line, why: &Break) {
-        let Line { link: Link { worker, channel }, flights, sent_before, sent, .. } = line;
+        let Line { link, flights, sent_before, sent, .. } = line;
+        let worker = link.worker.clone();
         let sent = sent_before + sent as u64;
-        let (mut running, begun) = (flights.len(), channel.last_begun());
+        let (mut running, begun) = (flights.len(), link.channel.last_begun());
         let overdue = flights.values().find(|flight| flight.cancelled.is_some()).or_else(|| flights.values().next());
         let request = overdue.map_or_else(String::new, Flight::name);
         for (id, flight) in flights {
@@ -775,13 +780,16 @@ impl Multiplexer {
                 );
                 Report::Overdue { worker }
             }
-            Break::Died if running == 0 => Report::Broken { worker, why: "it ended".to_owned() },
-            Break::Died => Report::Broken { worker, why: format!("it ended while it had {running} requests, {request} among them") },
-            Break::Violation(violation) => Report::Broken { worker, why: format!("its channel brought {violation}") },
+            Break::Died if running == 0 => Report::Broken { worker, why: "it ended".to_owned(), ended: true },
+            Break::Died => {
+                let why = format!("it ended while it had {running} requests, {request} among them");
+                Report::Broken { worker, why, ended: true }
+            }
+            Break::Violation(violation) => Report::Broken { worker, why: format!("its channel brought {violation}"), ended: false },
         };
         self.shared.reporter.send(report);
         // Only now, so that a worker that ends because of it is known to be replaced already.
-        drop(channel);
+        drop(link);
     }
 
     /// Nobody will finish this request.

@@ -26,6 +26,7 @@ use rustix::{
         AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
         SendFlags, SocketFlags, SocketType,
     },
+    process::{Pid, PidfdFlags, Signal},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -52,8 +53,10 @@ const PAGE_BYTES: u64 = 4096;
 const PAGE_GONE: u64 = 0;
 /// Where it says that the worker should end.
 const PAGE_END: u64 = 4;
-/// Where a worker that has many requests at a time says which one it began last.
+/// Where the worker says which request it began last: which marked one, unless it has many at a time.
 const PAGE_BEGUN: u64 = 8;
+/// How many answers of a batch it keeps back, to send them together; one byte.
+const PAGE_HELD: u64 = 12;
 /// A zygote that was told to end is given this long.
 const END_WAIT: Duration = Duration::from_secs(5);
 /// And gives this to its workers, in seconds. By then no request is left that anybody waits for.
@@ -95,6 +98,7 @@ pub enum News {
 /// The interpreter, as it names itself.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct About {
+    pub pid: i32,
     pub python: String,
     pub implementation: String,
     pub protocol: u32,
@@ -136,6 +140,9 @@ struct Start<'a> {
 pub struct Zygote {
     child: Child,
     control: OwnedFd,
+    /// The process at the other end, by number and by handle, once it has introduced itself. What was started may be a script
+    /// around the interpreter.
+    itself: Option<(i32, OwnedFd)>,
 }
 
 impl Zygote {
@@ -190,7 +197,7 @@ impl Zygote {
         if apart {
             command.process_group(0);
         }
-        Ok(Zygote { child: command.spawn()?, control })
+        Ok(Zygote { child: command.spawn()?, control, itself: None })
     }
 
     fn begin(&self, app: &PythonApp, base: &BTreeMap<&'static str, String>, workers: usize, check: bool) -> io::Result<()> {
@@ -271,17 +278,35 @@ impl Zygote {
         self.control.as_fd()
     }
 
+    pub fn meet(&mut self, about: &About) {
+        let handle = Pid::from_raw(about.pid).and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok());
+        self.itself = handle.map(|handle| (about.pid, handle));
+    }
+
+    /// The parent of the workers, once that is known.
+    pub fn pid(&self) -> Option<i32> {
+        self.itself.as_ref().map(|itself| itself.0)
+    }
+
+    /// The process that was started.
+    pub fn child(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    /// Ends a zygote that is of no use. Its workers end after what they are at.
+    pub fn kill(mut self) {
+        kill(&mut self.child, self.itself.as_ref());
+    }
+
     /// Ends the zygote, and with it what is left of its workers.
     pub fn end(self) {
-        let Zygote { mut child, control } = self;
+        let Zygote { mut child, control, itself } = self;
         drop(control);
         let until = Instant::now() + END_WAIT;
         while matches!(child.try_wait(), Ok(None)) {
             if Instant::now() >= until {
                 tracing::warn!("the Python zygote did not end by itself; killed");
-                let _ = child.kill();
-                let _ = child.wait();
-                return;
+                return kill(&mut child, itself.as_ref());
             }
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -334,7 +359,7 @@ impl Channel {
         let _ = self.page.write_all_at(&id.to_le_bytes(), PAGE_GONE);
     }
 
-    /// Which request a worker that has many at a time began last: they begin in their order. 0: none.
+    /// Which request the worker began last. When its channel has ended, what it has not begun it never will. 0: none.
     pub fn last_begun(&self) -> u32 {
         let mut id = [0; 4];
         self.page.read_exact_at(&mut id, PAGE_BEGUN).map_or(u32::MAX, |()| u32::from_le_bytes(id))
@@ -343,6 +368,12 @@ impl Channel {
     /// Tells the worker to end after its present request.
     pub fn end_soon(&self) {
         let _ = self.page.write_all_at(&1_u32.to_le_bytes(), PAGE_END);
+    }
+
+    /// How many of the requests that it has not answered the worker is done with.
+    pub fn held(&self) -> usize {
+        let mut held = [0];
+        self.page.read_exact_at(&mut held, PAGE_HELD).map_or(0, |()| held[0].into())
     }
 
     /// Passes a descriptor to the worker, ahead of the frame that is about it.
@@ -377,6 +408,15 @@ impl Channel {
     }
 }
 
+fn kill(child: &mut Child, itself: Option<&(i32, OwnedFd)>) {
+    // Errors: it has ended by itself.
+    if let Some((_, handle)) = itself {
+        let _ = rustix::process::pidfd_send_signal(handle, Signal::KILL);
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
 fn invalid(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
@@ -404,7 +444,7 @@ mod tests {
 
     #[test]
     fn the_zygotes_records_are_understood_and_nothing_else() {
-        let ready = r#"{"ready": {"python": "3.11.7", "implementation": "cpython", "protocol": 1, "interface": null}}"#;
+        let ready = r#"{"ready": {"pid": 7, "python": "3.11.7", "implementation": "cpython", "protocol": 1, "interface": null}}"#;
         assert!(matches!(news(ready), Some(News::Ready(about)) if about.check().is_ok() && about.interface.is_none()));
         assert!(matches!(news(r#"{"failed": "why"}"#), Some(News::Failed(why)) if why == "why"));
         assert!(matches!(news(r#"{"forked": 3, "pid": 77}"#), Some(News::Forked { forked: 3, pid: 77 })));

@@ -86,11 +86,12 @@ def request_environ(path="/", method="GET", query="", id="r-1", **more):
     return environ
 
 
-def request_frame(id, environ, body=b"", file_bytes=None):
+def request_frame(id, environ, body=b"", file_bytes=None, marked=False):
     environ = marshal_environ(environ)
     payload = struct.pack("<I", len(environ)) + environ
     payload += body if file_bytes is None else struct.pack("<Q", file_bytes)
-    return struct.pack("<IIBBH", len(payload), id, REQUEST, file_bytes is not None, 0) + payload
+    flags = (file_bytes is not None) | 2 * marked
+    return struct.pack("<IIBBH", len(payload), id, REQUEST, flags, 0) + payload
 
 
 class Answer:
@@ -130,20 +131,24 @@ class Data:
         self.fds.close()
 
     def send(self, *args, **keywords):
-        """Sends one request and returns its id. body_file: its bytes go through a file."""
+        """Sends one request and returns its id. body_file: its bytes go through a file. marked: the
+        worker has to say in the page that it begins.
+        """
+        marked = keywords.pop("marked", False)
         body, body_file = keywords.pop("body", b""), keywords.pop("body_file", None)
         keywords.setdefault("CONTENT_LENGTH", str(len(body if body_file is None else body_file)))
         environ = request_environ(*args, **keywords)
         id, self.next_id = self.next_id, self.next_id + 1
         if body_file is None:
-            self.data.sendall(request_frame(id, environ, body))
+            self.data.sendall(request_frame(id, environ, body, marked=marked))
         else:
             fd = memory_file(body_file)
             self.fds.sendmsg(
                 [b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
             )
             os.close(fd)
-            self.data.sendall(request_frame(id, environ, file_bytes=len(body_file)))
+            frame = request_frame(id, environ, file_bytes=len(body_file), marked=marked)
+            self.data.sendall(frame)
         return id
 
     def read(self, count):

@@ -497,6 +497,11 @@ def sleep(environ, start_response):
     return hello(environ, start_response)
 
 @route
+def spin(environ, start_response):
+    while True:
+        pass
+
+@route
 def exits(environ, start_response):
     sys.exit(3)
 
@@ -635,6 +640,14 @@ class WorkerTest(unittest.TestCase):
         return zygote, pid, channels[0]
 
 
+    def begin(self, channel, *args, **keywords):
+        """Sends a request, and waits until it runs."""
+        id = channel.send(*args, marked=True, **keywords)
+        begun = lambda: struct.unpack_from("<I", channel.page, 8)[0]  # noqa: E731
+        self.assertTrue(eventually(lambda: begun() == id))
+        return id
+
+
 class Healthy(WorkerTest):
     """What a worker answers. All tests ask the same one: each also shows that it is still well."""
 
@@ -744,6 +757,19 @@ class Healthy(WorkerTest):
             for id in ids:
                 self.channel.answer(id)
         self.assertEqual(self.ask("/hello").body, b"hello")
+
+    def test_a_marked_request_is_in_the_page_once_it_has_begun(self):
+        begun = lambda: struct.unpack_from("<I", self.channel.page, 8)[0]  # noqa: E731
+        for keywords in ({}, {"body": b"abc"}, {"body_file": b"abc"}):
+            before = begun()
+            self.ask("/echo", method="POST", **keywords)
+            self.assertEqual(begun(), before, keywords)
+            id = self.channel.send("/echo", method="POST", marked=True, **keywords)
+            self.assertEqual(self.channel.answer(id).body, b"abc" if keywords else b"")
+            self.assertEqual(begun(), id, keywords)
+        id = self.begin(self.channel, "/sleep", query="0.5")
+        self.assertFalse(readable(self.channel.data, 0))
+        self.channel.answer(id)
 
     def test_a_frame_may_arrive_byte_by_byte(self):
         id, self.channel.next_id = self.channel.next_id, self.channel.next_id + 1
@@ -1187,10 +1213,12 @@ class Processes(WorkerTest):
     """Zygote and workers: forking, threads, signals, ends."""
 
     def test_the_zygote_says_what_it_is(self):
-        ready = self.zygote().first["ready"]
+        zygote = self.zygote()
+        ready = zygote.first["ready"]
         self.assertEqual(ready["python"], ".".join(map(str, sys.version_info[:3])))
         self.assertEqual((ready["implementation"], ready["protocol"]), (sys.implementation.name, 1))
         self.assertIsNone(ready["interface"])
+        self.assertEqual(ready["pid"], zygote.process.pid)
 
     def test_with_preload_the_application_is_loaded_once_and_workers_share_it(self):
         zygote = self.zygote(preload=True)
@@ -1204,6 +1232,36 @@ class Processes(WorkerTest):
         for _ in range(2):
             pid, (channel,) = zygote.worker()
             self.assertEqual(json.loads(channel.ask("/where").body)["loaded_in"], pid)
+
+    def test_a_preloaded_application_may_take_signals_and_standard_output(self):
+        self.write(
+            "taking.py",
+            """\
+            import signal, sys
+            for signum in range(1, signal.NSIG):
+                try:
+                    signal.signal(signum, signal.SIG_IGN)
+                except (OSError, ValueError):
+                    pass
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGTERM])
+            sys.stdout.close()
+            from testapp import app
+        """,
+        )
+        zygote = self.zygote("taking:app", preload=True)
+        for _ in range(2):
+            pid, (channel,) = zygote.worker()
+            self.assertEqual(channel.ask("/hello").body, b"hello")
+            self.assertEqual(zygote.terminate(pid), 0)
+
+    def test_an_import_that_hangs_ends_with_the_control_socket(self):
+        self.write("hanging.py", "import time\ntime.sleep(60)\n")
+        zygote = self.zygote("hanging:app", preload=True, start=False)
+        zygote.tell({"start": zygote.options})
+        # Until it imports; before that it would end anyway.
+        time.sleep(0.5)
+        zygote.control.close()
+        zygote.process.wait(10)
 
     def test_preload_of_an_application_that_starts_threads_falls_back_with_a_warning(self):
         self.write(
@@ -1345,6 +1403,36 @@ class Processes(WorkerTest):
         self.assertEqual(zygote.exit_status(pid), 70)
         self.assertIn("the channel failed", zygote.stderr())
 
+    def test_the_page_says_how_many_answers_of_a_batch_are_held_back(self):
+        # Whether this machine is quick or not, the worker takes itself for it.
+        self.write("quick.py", "import __main__\n__main__.QUICK_BATCHES = 0\nfrom testapp import app\n")
+        zygote, pid, channel = self.worker("quick:app")
+        environs = [request_environ("/hello"), request_environ("/hello")]
+        environs.append(request_environ("/sleep", query="0.5"))
+        frames = [request_frame(id, environ) for id, environ in enumerate(environs, 1)]
+        channel.data.sendall(b"".join(frames))
+        self.assertTrue(eventually(lambda: channel.page[12] == 2))
+        self.assertFalse(readable(channel.data, 0))
+        for id in (1, 2, 3):
+            channel.answer(id)
+        self.assertEqual(channel.page[12], 0)
+
+    def test_a_worker_whose_descriptors_were_closed_ends(self):
+        self.write(
+            "closing.py",
+            """\
+            import os
+            from testapp import app as inner
+            def app(environ, start_response):
+                os.closerange(3, 256)
+                return inner(environ, start_response)
+        """,
+        )
+        zygote, pid, channel = self.worker("closing:app")
+        channel.send("/hello")
+        self.assertRaises((EOFError, ConnectionResetError), channel.frame)
+        self.assertIsNotNone(zygote.exit_status(pid))
+
     def test_a_daemon_forked_by_the_application_does_not_hold_the_channel_open(self):
         zygote, pid, channel = self.worker()
         child = int(channel.ask("/forks_a_daemon").body)
@@ -1399,10 +1487,24 @@ class Processes(WorkerTest):
         except ImportError:
             self.skipTest("PR_SET_PDEATHSIG needs ctypes")
         zygote, pid, channel = self.worker()
-        # Also in the middle of a request that takes long.
-        channel.send("/sleep", query="60")
+        id = self.begin(channel, "/sleep", query="2")
         zygote.process.kill()
+        self.assertEqual(channel.answer(id).body, b"hello")
         self.assertTrue(eventually(lambda: not alive(pid), 5))
+
+    def test_a_worker_ends_with_its_zygote_and_uringd_whatever_it_is_at(self):
+        try:
+            import ctypes  # noqa: F401
+        except ImportError:
+            self.skipTest("PR_SET_PDEATHSIG needs ctypes")
+        for path in ("/sleep", "/spin"):
+            zygote, pid, channel = self.worker()
+            self.begin(channel, path, query="60")
+            zygote.process.kill()
+            time.sleep(0.2)
+            self.assertTrue(alive(pid))
+            channel.close()
+            self.assertTrue(eventually(lambda: not alive(pid), 5))
 
     def test_a_control_socket_that_ends_before_start_ends_the_zygote(self):
         zygote = Zygote("testapp:app", start=False)

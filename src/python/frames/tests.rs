@@ -11,6 +11,7 @@ const FACTS: Facts<'_> = Facts {
     queue_seconds: 0.5,
     deadline: 2.0,
     permit: Permit { host_missing: false, underscore_headers: false, double_slash: false, https_target: false },
+    marked: false,
 };
 
 /// A value of marshal, as far as we write it.
@@ -139,6 +140,16 @@ fn a_request_becomes_the_environ_that_pep_3333_describes() {
 fn the_target_of_a_whole_server_has_no_path() {
     let environ = environ("OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n");
     assert_eq!((of(&environ, "PATH_INFO"), of(&environ, "REQUEST_URI")), (Some(""), Some("*")));
+}
+
+#[test]
+fn a_request_can_be_marked() {
+    let exchange = Exchange::new();
+    for (marked, flags) in [(false, 0), (true, FLAG_MARKED)] {
+        let mut frame = Vec::new();
+        request(&mut frame, 1, &exchange.request(), Facts { marked, ..FACTS });
+        assert_eq!(frame[9], flags);
+    }
 }
 
 #[test]

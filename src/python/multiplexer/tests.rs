@@ -4,10 +4,7 @@ use std::{
     collections::{HashMap, VecDeque},
     io::{Read, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
-    sync::{
-        Mutex, OnceLock,
-        atomic::{AtomicBool, AtomicI32, AtomicU64},
-    },
+    sync::{Mutex, atomic::AtomicBool},
     thread::{self, JoinHandle},
     time::Instant,
 };
@@ -20,7 +17,7 @@ use crate::{
     http1::{Connection, Event as HttpEvent, Head},
     pool::{Clock, Desk, Pools},
     python::{
-        courier::{Reporter, STATUS_UNKNOWN, Worker},
+        courier::{Reporter, Worker},
         zygote::Channel,
     },
     shard::sim::random::Random,
@@ -80,21 +77,11 @@ impl Stand {
     /// A new worker for a multiplexer, played by the test.
     fn link(&mut self, multiplexer: usize) -> Played {
         self.workers += 1;
-        let worker = Arc::new(Worker {
-            id: self.workers,
-            slot: multiplexer,
-            born: Instant::now(),
-            pid: AtomicI32::new(0),
-            handle: OnceLock::new(),
-            served: AtomicU64::new(0),
-            status: AtomicI32::new(STATUS_UNKNOWN),
-            served_max: 0,
-            used: AtomicBool::new(false),
-        });
+        let worker = Arc::new(Worker::new(self.workers, multiplexer, 0));
         let (channel, data, descriptors, page) = Channel::played();
         data.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let before = self.shared.pools.takers();
-        self.order(multiplexer, Order::Link(Link { channel, worker }));
+        self.order(multiplexer, Order::Link(Link::new(channel, worker, self.shared.reporter.clone())));
         // It may take the place of another one, which has gone or has taken its leave.
         let until = Instant::now() + Duration::from_millis(100);
         while self.shared.pools.takers() == before && Instant::now() < until {
@@ -551,7 +538,8 @@ fn run(seed: u64) {
         }
         while let Ok(report) = stand.reports.try_recv() {
             match report {
-                Report::Broken { worker, why } => {
+                Report::Free => {}
+                Report::Broken { worker, why, .. } => {
                     // A player dies or talks of a request that there is not; nothing else is against the rules.
                     assert!(why.contains("it ended") || why.contains("nobody asked for"), "{why}; seed {seed}");
                     stand.order(worker.slot, Order::Drop(worker.id));
