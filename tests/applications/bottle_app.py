@@ -40,7 +40,10 @@ def upload():
     for field, file in bottle.request.files.items():
         digest = hashlib.sha256(file.file.read()).hexdigest()
         told[field] = [file.filename, file.content_type, digest]
-    return {"files": told, "form": {k: bottle.request.forms.getunicode(k) for k in bottle.request.forms}}
+    return {
+        "files": told,
+        "form": {k: bottle.request.forms.getunicode(k) for k in bottle.request.forms},
+    }
 
 
 @app.post("/body")

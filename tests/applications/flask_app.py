@@ -25,7 +25,8 @@ app.secret_key = "no secret"
 # The form in front of the upload may be as large as the upload.
 app.config["MAX_FORM_MEMORY_SIZE"] = 10_000_000
 
-PAGE = "<!doctype html><title>{{ title }}</title><ul>{% for x in items %}<li>{{ x }}</li>{% endfor %}</ul>"
+PAGE = """<!doctype html><title>{{ title }}</title>
+<ul>{% for item in items %}<li>{{ item }}</li>{% endfor %}</ul>"""
 
 
 @app.get("/")

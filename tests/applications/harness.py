@@ -177,7 +177,7 @@ class Curl:
     def ask(
         self, method, path, headers=(), fields=None, files=(), data=None, chunks=None, follow=False
     ):
-        """`fields` and `files` are a form's; `data` is a body with a length, `chunks` one without."""
+        """`fields` and `files` are a form's; `data` has a length, `chunks` have none."""
         head, body = self.path("head"), self.path("body")
         command = ["curl", "--silent", "--show-error", "--max-time", "%d" % PATIENCE]
         command += ["--globoff", "--path-as-is", "--cookie", self.cookies]
@@ -238,7 +238,6 @@ class Curl:
                 found = file.read()
         fields = [tuple(part.strip() for part in line.split(":", 1)) for line in lines]
         return Answer(int(status), reason, fields, found)
-
 
     def in_a_row(self, path, times):
         """The bodies of so many requests by one process."""

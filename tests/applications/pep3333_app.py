@@ -176,9 +176,20 @@ def act_status(environ, start_response):
 
 
 FIELDS = {
-    "several": [("X-B", "1"), ("Set-Cookie", "a=1"), ("x-a", "2"), ("Set-Cookie", "b=2"), ("X-B", "3")],
-    "hop": [("Connection", "keep-alive"), ("Keep-Alive", "timeout=5"), ("Transfer-Encoding", "chunked"),
-            ("Upgrade", "h2c"), ("X-Kept", "yes")],
+    "several": [
+        ("X-B", "1"),
+        ("Set-Cookie", "a=1"),
+        ("x-a", "2"),
+        ("Set-Cookie", "b=2"),
+        ("X-B", "3"),
+    ],
+    "hop": [
+        ("Connection", "keep-alive"),
+        ("Keep-Alive", "timeout=5"),
+        ("Transfer-Encoding", "chunked"),
+        ("Upgrade", "h2c"),
+        ("X-Kept", "yes"),
+    ],
     "wish": [("Connection", "close")],
     "latin": [("X-Word", "caf\xe9")],
     "empty": [("X-Empty", "")],

@@ -21,7 +21,9 @@ def sha256(data):
 class Bottle(Clients):
     def test_a_template(self):
         answer = self.get("/")
-        self.assertEqual(answer.text, "<title>caf\u00e9</title>\n<li>&lt;one&gt;</li>\n<li>two</li>\n")
+        self.assertEqual(
+            answer.text, "<title>caf\u00e9</title>\n<li>&lt;one&gt;</li>\n<li>two</li>\n"
+        )
         self.assertEqual(self.get("/hello/caf%C3%A9").text, "hello caf\u00e9")
         self.assertEqual(self.browser.ask("HEAD", "/").status, 200)
 
@@ -105,7 +107,10 @@ class Bottle(Clients):
         self.assertEqual((teapot.status, teapot.text), (418, "teapot: aborted, with a reason"))
         self.assertIn("aborted, with a reason", self.get("/abort/503").text)
         self.assertEqual(self.post("/").status, 405)
-        for path, said in (("/fail", "this route fails"), ("/fail-at-first", "this generator fails")):
+        for path, said in (
+            ("/fail", "this route fails"),
+            ("/fail-at-first", "this generator fails"),
+        ):
             failed = self.get(path)
             self.assertEqual(failed.status, 500)
             self.assertNotIn(said, failed.text)

@@ -143,12 +143,16 @@ class Django(Browsing):
         self.assertEqual(answer.header("Location"), "/admin/login/?next=/admin/")
         wrong = {"username": "admin", "password": "wrong"}
         wrong["csrfmiddlewaretoken"] = self.token("/admin/login/")
-        self.assertIn("Please enter the correct username", self.post("/admin/login/", fields=wrong).text)
+        self.assertIn(
+            "Please enter the correct username", self.post("/admin/login/", fields=wrong).text
+        )
         self.log_in()
         answer = self.get("/admin/")
         self.assertIn("Site administration", answer.text)
         token = self.token("/admin/")
-        self.assertEqual(self.post("/admin/logout/", fields={"csrfmiddlewaretoken": token}).status, 200)
+        self.assertEqual(
+            self.post("/admin/logout/", fields={"csrfmiddlewaretoken": token}).status, 200
+        )
         self.assertEqual(self.get("/admin/").status, 302)
 
     def test_the_admin_has_its_static_files(self):
@@ -172,7 +176,9 @@ class Django(Browsing):
         fields["csrfmiddlewaretoken"] = self.token("/admin/django_shop/note/add/")
         files = [File("attachment", "a.txt", b"attached", "text/plain")]
         answer = self.post("/admin/django_shop/note/add/", fields=fields, files=files)
-        self.assertEqual((answer.status, answer.header("Location")), (302, "/admin/django_shop/note/"))
+        self.assertEqual(
+            (answer.status, answer.header("Location")), (302, "/admin/django_shop/note/")
+        )
         listed = self.get("/admin/django_shop/note/?q=" + self.client.__name__)
         self.assertIn(title, listed.text)
         self.assertIn("was added successfully", listed.text)
@@ -182,7 +188,9 @@ class Django(Browsing):
         token = self.token(delete)
         answer = self.post(delete, fields={"csrfmiddlewaretoken": token, "post": "yes"})
         self.assertEqual(answer.status, 302)
-        self.assertEqual(self.get("/notes/?title=" + title.replace(" ", "%20")).json(), {"notes": []})
+        self.assertEqual(
+            self.get("/notes/?title=" + title.replace(" ", "%20")).json(), {"notes": []}
+        )
 
     def test_a_form_without_its_token_is_refused(self):
         for fields in ({"title": "forged"}, {"title": "forged", "csrfmiddlewaretoken": "x" * 64}):
@@ -239,7 +247,9 @@ class Django(Browsing):
         self.assertEqual((answer.status, answer.body), (200, data))
         self.assertEqual(answer.header("Content-Length"), str(len(data)))
         self.assertIn("filename*=utf-8''caf%C3%A9.py", answer.header("Content-Disposition"))
-        self.assertEqual(self.browser.ask("HEAD", "/download/").header("Content-Length"), str(len(data)))
+        self.assertEqual(
+            self.browser.ask("HEAD", "/download/").header("Content-Length"), str(len(data))
+        )
         self.assertEqual(self.get("/download-memory/").body, b"from memory" * 10000)
 
     def test_a_session_in_the_database(self):

@@ -88,7 +88,9 @@ class Falcon(Clients):
         moved = self.get("/failing/moved")
         self.assertEqual((moved.status, moved.header("Location")), (301, "/things/there"))
         own = self.get("/failing/own")
-        self.assertEqual((own.status, own.json()["description"]), (422, "handled by the application"))
+        self.assertEqual(
+            (own.status, own.json()["description"]), (422, "handled by the application")
+        )
         failed = self.get("/failing/badly")
         self.assertEqual(failed.status, 500)
         self.assert_logged("RuntimeError: this resource fails")

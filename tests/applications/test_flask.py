@@ -156,7 +156,9 @@ class Flask(Clients):
 
     def test_error_pages(self):
         answer = self.get("/nowhere%3Cb%3E")
-        self.assertEqual((answer.status, answer.text), (404, "<h1>nothing at /nowhere&lt;b&gt;</h1>"))
+        self.assertEqual(
+            (answer.status, answer.text), (404, "<h1>nothing at /nowhere&lt;b&gt;</h1>")
+        )
         self.assertIn("error", self.get("/account").json())
         failed = self.get("/fail")
         self.assertEqual(failed.status, 500)

@@ -627,7 +627,9 @@ class TheFileWrapper(Clause):
         for _ in range(20):
             self.wrapped()
             self.wrapped(10, "5")
-        eventually(lambda: sum(descriptors().values()) <= sum(before.values()), "descriptors are closed")
+        eventually(
+            lambda: sum(descriptors().values()) <= sum(before.values()), "descriptors are closed"
+        )
 
 
 class EarlyHints(Clause):
