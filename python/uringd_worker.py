@@ -1002,7 +1002,7 @@ class MultiplexedChannel(Channel):
         self.waiting = deque()
         self.parts, self.have, self.needed = [], 0, 16  # of a frame that has come in part
         self.unsent = b""  # what the socket had no room for
-        self.send_is_due = False
+        self.send_is_due = self.run_is_due = False
         self.ending = self.closed = False
 
     def prepare(self, app):
@@ -1050,7 +1050,7 @@ class MultiplexedChannel(Channel):
         self.have = size - at
         if self.have:
             self.parts.append(data[at:])
-        if self.waiting:
+        if self.waiting and not self.run_is_due:
             self.run_waiting()
 
     def take_request(self, id, kind, data, start, split, stop):
@@ -1366,7 +1366,7 @@ class GeventChannel(MultiplexedChannel):
 
     def run_waiting(self):
         """In the hub: begins what waits, until it is time for others."""
-        clock, waiting = time.perf_counter, self.waiting
+        clock, waiting, self.run_is_due = time.perf_counter, self.waiting, False
         now = clock()
         turn_until = now + TURN_SECONDS
         while waiting and now < turn_until and not self.closed:
@@ -1382,6 +1382,7 @@ class GeventChannel(MultiplexedChannel):
             self.send_ready()
             now = clock()
         if waiting and not self.closed:
+            self.run_is_due = True
             self.call_soon(self.run_waiting)
 
     def run_one_by_one(self, runner):
