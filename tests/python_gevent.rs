@@ -431,6 +431,27 @@ fn a_deadline_can_be_moved_by_the_application() {
 }
 
 #[test]
+fn what_a_request_left_running_may_still_speak_of_it() {
+    let python = green_or_skip!();
+    let server = green(&python, &[]);
+    let pid = server.pid();
+    assert_eq!(server.get("/late").text(), "soon");
+    wait_until("it has spoken", || server.get("/seen").text() == "late");
+    assert_eq!(server.pid(), pid);
+}
+
+#[test]
+fn a_stopped_worker_is_replaced_at_its_deadline() {
+    let python = green_or_skip!();
+    let server = green(&python, &["--timeout", "1"]);
+    let pid = server.pid();
+    kill(pid, libc::SIGSTOP);
+    assert_eq!(server.get("/").status, 504);
+    assert_eq!(server.get("/").status, 200);
+    wait_until("the stopped worker is gone", || !is_alive(pid));
+}
+
+#[test]
 fn a_request_that_will_not_end_costs_its_place_until_the_worker_is_replaced_in_order() {
     let python = green_or_skip!();
     let server = green(&python, &["--timeout", "1", "--graceful-timeout", "2"]);

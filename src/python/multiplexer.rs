@@ -545,6 +545,8 @@ impl Multiplexer {
                 self.replace(line);
                 return Ok(());
             }
+            // What the application has begun in the background may speak of a request that is over.
+            Event::Extend(_) | Event::Hints(_) if !line.flights.contains_key(&id) => return Ok(()),
             _ => {}
         }
         let flight = line.flights.get_mut(&id).ok_or(Violation("an answer that nobody asked for"))?;

@@ -245,6 +245,18 @@ fn a_worker_has_many_requests_up_to_its_limit_and_answers_in_any_order() {
 }
 
 #[test]
+fn more_time_or_hints_for_a_request_that_is_over_mean_nothing() {
+    let mut stand = Stand::new(1, 1, 5);
+    let mut worker = stand.link(0);
+    let serial = stand.offer(0, "GET");
+    let (id, _) = worker.request();
+    worker.send(id + 7, 9, 0, 0, &[0; 4]);
+    worker.send(id + 7, 8, 0, 0, &[&4_u32.to_le_bytes()[..], b"OK\r\n"].concat());
+    worker.respond(id, b"");
+    assert_eq!(stand.response(0).0, serial);
+}
+
+#[test]
 fn a_worker_that_does_not_answer_its_ping_gets_nothing_more_until_it_does() {
     let mut stand = Stand::new(1, 2, 100);
     let (mut silent, mut other) = (stand.link(0), stand.link(1));

@@ -145,6 +145,17 @@ def act_extend(environ, start_response, query):
     return answer(start_response, "in time after all")
 
 
+def act_late(environ, start_response, query):
+    """Asks for more time once it is over."""
+
+    def later():
+        environ["uringd.extend_deadline"](9)
+        seen.append("late")
+
+    gevent.spawn_later(0.05, later)
+    return answer(start_response, "soon")
+
+
 def act_fail(environ, start_response, query):
     raise RuntimeError("this application fails")
 
