@@ -1065,7 +1065,7 @@ class MultiplexedChannel(Channel):
         if split == stop and kind == REQUEST:
             environ["wsgi.input"] = BytesIO()
         else:
-            environ["wsgi.input"] = self.body(exchange, kind, data, split, stop)
+            environ["wsgi.input"] = self.body(exchange, kind, id, data, split, stop)
         self.exchanges[id] = exchange
         if self.ending:
             self.give_back(exchange)
