@@ -22,9 +22,12 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// The interpreter, or `None` and a line that says so.
 pub fn python(test: &str) -> Option<PathBuf> {
     let python = env::var_os("URINGD_TEST_PYTHON").map_or_else(|| PathBuf::from("python3"), PathBuf::from);
-    let runs = Command::new(&python).args(["-c", "import sys; sys.exit(sys.version_info < (3, 8))"]).status();
-    if runs.is_ok_and(|status| status.success()) {
-        return Some(python);
+    // Itself, and not a script that may stand before it: the tests look at who is whose child.
+    let code = "import sys; print(sys.executable); sys.exit(sys.version_info < (3, 8))";
+    if let Ok(told) = Command::new(&python).args(["-c", code]).output()
+        && told.status.success()
+    {
+        return Some(PathBuf::from(String::from_utf8_lossy(&told.stdout).trim()));
     }
     let _ = writeln!(io::stderr(), "SKIPPED {test}: no Python from 3.8 on");
     None
