@@ -426,15 +426,21 @@ fn a_worker_is_killed_at_its_deadline_and_not_a_second_later() {
     let python = python_or_skip!();
     let server = failing(&python, &["--timeout", "1"]);
     // The best of several, because a busy machine delays any of them.
-    let took = (0..5).map(|_| {
+    let mut best = Duration::MAX;
+    for target in ["/spin", "/grip", "/sleep?60", "/deadlock", "/spin", "/grip"] {
         let pid = server.pid();
-        assert_eq!(server.get("/spin").status, 504);
-        let answered = Instant::now();
-        wait_until("it is killed", || !is_alive(pid));
-        answered.elapsed()
-    });
-    let best = took.min().expect("several");
-    assert!(best < Duration::from_millis(500), "{best:?} after its 504");
+        let deadline = Instant::now() + Duration::from_secs(1);
+        assert_eq!(server.get(target).status, 504);
+        let answered = deadline.elapsed();
+        let until = Instant::now() + PATIENCE;
+        while is_alive(pid) {
+            assert!(Instant::now() < until, "it still lives");
+            thread::sleep(Duration::from_millis(1));
+        }
+        println!("{target}: answered {answered:?} after its deadline, its worker dead {:?} after it", deadline.elapsed());
+        best = best.min(deadline.elapsed());
+    }
+    assert!(best < Duration::from_millis(500), "{best:?} after the deadline");
 }
 
 #[test]
@@ -547,10 +553,9 @@ fn a_zygote_that_hangs_is_replaced_when_a_worker_is_needed() {
 #[test]
 fn workers_of_an_interpreter_behind_a_script_are_killed_and_replaced_like_others() {
     let python = python_or_skip!();
-    let found = Command::new(&python).args(["-c", "import sys; print(sys.executable)"]).output().expect("an interpreter");
     let source = Source::new("");
     let script = source.0.path().join("python");
-    fs::write(&script, format!("#!/bin/sh\n{} \"$@\"\n", String::from_utf8_lossy(&found.stdout).trim())).expect("a file");
+    fs::write(&script, format!("#!/bin/sh\n{} \"$@\"\n", python.display())).expect("a file");
     fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).expect("a mode");
     let server = failing(&script, &["--timeout", "1"]);
     let zygote = || children(server.zygote())[0];
@@ -1068,4 +1073,23 @@ fn many_requests_of_every_kind_leave_no_descriptor_behind() {
         let now = counts();
         now.0 <= before.0 && now.1 <= before.1 && now.2 <= before.2
     });
+}
+
+#[test]
+fn every_row_of_the_table_names_a_test_and_every_test_has_a_row() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| fs::read_to_string(root.join(path)).expect("a file");
+    let table = read("docs/python.md");
+    let tests = |text: &str| -> HashSet<String> {
+        let names = text.lines().filter_map(|line| line.strip_prefix("fn ")?.split_once("() {"));
+        names.map(|(name, _)| name.to_owned()).filter(|name| text.contains(&format!("#[test]\nfn {name}()"))).collect()
+    };
+    let ours = tests(&read("tests/python_failures.rs"));
+    let known: HashSet<String> = tests(&read("tests/python_workers.rs")).into_iter().chain(ours.clone()).collect();
+    let is_name = |word: &&str| word.matches('_').count() > 3;
+    let named: HashSet<&str> = table.split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_').filter(is_name).collect();
+    let unknown: Vec<_> = named.iter().filter(|name| !known.contains(**name)).collect();
+    assert!(unknown.is_empty(), "named in the table, and no test: {unknown:?}");
+    let missing: Vec<_> = ours.iter().filter(|name| !named.contains(&***name) && !name.starts_with("every_row")).collect();
+    assert!(missing.is_empty(), "tests without a row: {missing:?}");
 }
