@@ -497,8 +497,8 @@ fn requests_in_company_of_one_that_hangs_are_served_by_others() {
         slowest.expect("clients")
     });
     assert!(slowest < Duration::from_secs(5), "{slowest:?}, but nobody else hangs");
-    wait_until("there are two again", || server.workers().len() == 2);
-    assert_eq!(server.workers().iter().filter(|pid| workers.contains(pid)).count(), 1, "one was replaced, and only one");
+    let stayed = || server.workers().iter().filter(|pid| workers.contains(pid)).count();
+    wait_until("one is replaced", || server.workers().len() == 2 && stayed() == 1);
 }
 
 #[test]
@@ -613,7 +613,8 @@ fn a_worker_that_closes_its_channels_is_replaced() {
         let server = failing(&python, &["--threads", threads]);
         let pid = server.pid();
         assert_eq!(server.ask("POST", "/noise?closerange", b"x").status, 502);
-        assert_eq!(server.ask("POST", "/echo", b"x").status, 200);
+        // Its other threads are as deaf, and each may be given a request before that shows.
+        wait_until("another serves", || server.ask("POST", "/echo", b"x").status == 200);
         assert_ne!(server.pid(), pid);
         wait_until("it is gone", || !is_alive(pid));
     }
