@@ -168,7 +168,7 @@ fn hundreds_of_requests_sleep_in_one_worker_at_the_same_time() {
     let pids: HashSet<String> = streams.into_iter().map(|stream| end(stream).text().to_owned()).collect();
     assert_eq!(pids.len(), 1);
     // One after the other would take 500 seconds.
-    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
 }
 
 #[test]
@@ -268,7 +268,7 @@ fn events_reach_three_hundred_clients_at_the_same_time() {
             assert!(answer.whole && answer.text() == events, "{answer:?}");
         }
         // One client after the other would take 600 seconds.
-        assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(100), "{:?}", begun.elapsed());
     }
 }
 
@@ -391,24 +391,27 @@ fn a_worker_that_computes_is_given_nothing_while_another_one_is_free() {
     let python = green_or_skip!();
     for cores in ["1", "all"] {
         let server = green(&python, &["--workers", "2", "--cores", cores]);
-        let spinning = begin(&server, "/spin?3");
-        thread::sleep(Duration::from_millis(300));
-        let begun = Instant::now();
+        let directory = tempfile::tempdir().expect("a directory");
+        let (enough, begun) = (directory.path().join("enough"), directory.path().join("enough.begun"));
+        let spinning = begin(&server, &format!("/spin_until?{}", enough.display()));
+        wait_until("it computes", || begun.exists());
+        // So long a worker may be silent before anybody minds.
+        thread::sleep(Duration::from_millis(60));
+        // One that is given to the busy one is answered when it has enough, and this is after them.
         let pids: HashSet<i32> = (0..50).map(|_| server.pid()).collect();
-        assert_eq!(pids.len(), 1, "only the other worker serves");
-        // Behind the busy one, even one of them would take until its end.
-        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
-        assert_eq!(end(spinning).text(), "spun");
+        fs::write(enough, "").expect("a file");
+        assert_eq!(pids.len(), 1);
+        assert!(!pids.contains(&end(spinning).text().parse().expect("a number")), "only the other worker serves");
     }
 }
 
 #[test]
 fn an_overdue_request_is_ended_alone() {
     let python = green_or_skip!();
-    let server = green(&python, &["--timeout", "2"]);
+    let server = green(&python, &["--timeout", "4"]);
     let pid = server.pid();
     let overdue: Vec<TcpStream> = (0..5).map(|number| begin(&server, &format!("/wait?{number}"))).collect();
-    let mut ticks = begin(&server, "/ticks?40");
+    let mut ticks = begin(&server, "/ticks?60");
     ticks.read_exact(&mut [0; 20]).expect("it has begun");
     for stream in overdue {
         assert_eq!(end(stream).status, 504);
@@ -500,7 +503,7 @@ fn requests_in_a_worker_that_is_killed_are_repeated_only_when_that_is_safe() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("once");
     let before = server.pid();
-    let gets: Vec<TcpStream> = (0..10).map(|_| begin(&server, "/sleep?1")).collect();
+    let gets: Vec<TcpStream> = (0..10).map(|number| begin(&server, &format!("/wait?get{number}"))).collect();
     let mut posts: Vec<TcpStream> = (0..3).map(|_| server.connect()).collect();
     for (number, post) in posts.iter_mut().enumerate() {
         let head = format!("POST /wait?{number} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 1\r\n\r\nx");
@@ -508,13 +511,14 @@ fn requests_in_a_worker_that_is_killed_are_repeated_only_when_that_is_safe() {
     }
     let mut stream = begin(&server, "/ticks?1000");
     stream.read_exact(&mut [0; 20]).expect("it has begun");
-    wait_for_waiting(&server, 3);
+    wait_for_waiting(&server, 13);
     fs::write(&file, "").expect("a file");
     assert_eq!(server.get(&format!("/die?{}", file.display())).text(), "alive", "repeated itself");
-    for get in gets {
-        let answer = end(get);
-        assert_eq!(answer.status, 200);
-        assert_ne!(answer.text(), before.to_string());
+    wait_for_waiting(&server, 10);
+    assert_ne!(server.pid(), before);
+    for (number, get) in gets.into_iter().enumerate() {
+        server.get(&format!("/open?get{number}"));
+        assert_eq!(end(get).text(), format!("get{number}"));
     }
     for post in posts {
         assert_eq!(end(post).status, 502);
@@ -593,7 +597,7 @@ fn recycling_costs_no_request_and_no_stream() {
     let python = green_or_skip!();
     let server = green(&python, &["--workers", "2", "--max-requests", "50", "--max-requests-jitter", "20"]);
     let pids = Mutex::new(HashSet::new());
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + 3 * PATIENCE;
     thread::scope(|scope| {
         for client in 0..6 {
             let (server, pids) = (&server, &pids);
@@ -657,10 +661,17 @@ fn workers_come_and_go_by_signal_with_requests_in_them() {
     let serve = |seconds: &str| -> Vec<TcpStream> { (0..10).map(|_| begin(&server, &format!("/sleep?{seconds}"))).collect() };
     let workers = |streams: Vec<TcpStream>| streams.into_iter().map(|stream| end(stream).text().to_owned()).collect::<HashSet<_>>().len();
     wait_until("two workers serve", || workers(serve("0.1")) == 2);
-    let streams = serve("2");
-    thread::sleep(Duration::from_millis(500));
+    let mut streams: Vec<(TcpStream, Vec<u8>)> = (0..10).map(|_| (begin(&server, "/ticks?20"), vec![0; 200])).collect();
+    streams.iter_mut().for_each(|(stream, bytes)| stream.read_exact(bytes).expect("it has begun"));
     server.signal(libc::SIGTTOU);
-    assert_eq!(workers(streams), 2, "both were at work, and finished");
+    let finish = |(mut stream, mut bytes): (TcpStream, Vec<u8>)| {
+        stream.read_to_end(&mut bytes).expect("the rest");
+        let answer = Answer::parse(&bytes);
+        assert!(answer.whole && answer.text().ends_with("data: 19\n\n"), "{answer:?}");
+        answer.header("X-Pid").expect("a number").to_owned()
+    };
+    let pids: HashSet<String> = streams.into_iter().map(finish).collect();
+    assert_eq!(pids.len(), 2, "both were at work, and finished");
     wait_until("one worker", || server.workers().len() == 1);
     assert_eq!(server.get("/").status, 200);
 }

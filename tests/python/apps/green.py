@@ -62,6 +62,14 @@ def act_spin(environ, start_response, query):
     return answer(start_response, "spun")
 
 
+def act_spin_until(environ, start_response, query):
+    """Lets nobody else run until the file is there; there is another one meanwhile."""
+    mark(query + ".begun")
+    while not os.path.exists(query):
+        pass
+    return answer(start_response, str(os.getpid()))
+
+
 def act_echo(environ, start_response, query):
     body = environ["wsgi.input"].read()
     start_response("200 OK", TEXT + [("X-Length", str(len(body)))])
@@ -84,7 +92,7 @@ def act_file(environ, start_response, query):
 
 def act_ticks(environ, start_response, query):
     """Server-sent events: so many, a tenth of a second apart."""
-    start_response("200 OK", [("Content-Type", "text/event-stream")])
+    start_response("200 OK", [("Content-Type", "text/event-stream"), ("X-Pid", str(os.getpid()))])
 
     def ticks():
         for number in range(int(query)):
