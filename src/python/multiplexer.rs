@@ -755,13 +755,17 @@ impl Multiplexer {
                 self.abandon(flight);
                 continue;
             };
-            let is_unbegun = id.wrapping_sub(begun).cast_signed() > 0;
-            if at >= sent || is_unbegun && matches!(why, Break::Died) {
+            let first_time = errand.lost_with.is_none_or(|id| id == worker.id);
+            let is_unbegun = matches!(why, Break::Died) && id.wrapping_sub(begun).cast_signed() > 0;
+            // Of what a worker had that never began anything, any may be why it died.
+            if at >= sent || is_unbegun && (begun > 0 || first_time) {
                 running -= 1;
+                if at < sent && begun == 0 {
+                    errand.lost_with = Some(worker.id);
+                }
                 self.shared.pools.give_back(errand);
                 continue;
             }
-            let first_time = errand.lost_with.is_none_or(|id| id == worker.id);
             if first_time && may_be_repeated(&errand) && !errand.exchange.ticket.client_disconnected() {
                 errand.lost_with = Some(worker.id);
                 self.shared.pools.give_back(errand);

@@ -383,6 +383,19 @@ fn what_a_worker_that_died_had_not_begun_is_anothers() {
 }
 
 #[test]
+fn a_request_that_workers_die_of_before_they_begin_it_ends() {
+    let mut stand = Stand::new(1, 1, 10);
+    let mut worker = stand.link(0);
+    let post = stand.offer(0, "POST");
+    assert_eq!(worker.request().1, post);
+    drop(worker);
+    let mut other = stand.link(0);
+    assert_eq!(other.request().1, post, "somebody may have killed the first one");
+    drop(other);
+    assert!(matches!(stand.response(0), (serial, 502, _) if serial == post));
+}
+
+#[test]
 fn a_worker_that_takes_its_leave_finishes_what_it_has_beside_its_successor() {
     let mut stand = Stand::new(1, 1, 10);
     let mut worker = stand.link(0);
