@@ -11,7 +11,7 @@
 //! It never waits for one of them: whatever it waits for, one poll(2) waits for all of it, the worker's socket and a bell
 //! ([`Waker`]) that is rung for requests, orders and credit.
 //!
-//! *Who gets a request.* A worker with fewer than its limit in flight, the least busy one first ([`Pools::share_of`]), and none
+//! *Who gets a request.* A worker with fewer than its limit in flight, the least busy one first (`Pools::share_of`), and none
 //! that is *silent*: behind the requests that it is sent travels a PING, which it answers when all of them have begun. While
 //! that takes longer than [`SILENT`], what is waiting is better off where somebody else can take it.
 //!
