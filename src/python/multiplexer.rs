@@ -202,7 +202,8 @@ impl Multiplexer {
     /// One look at everything: waits until something happens or is due. False: the end.
     fn turn(&mut self) -> bool {
         self.now = self.shared.clock.now();
-        if !self.take_orders() || self.shared.stopping.load(Ordering::Relaxed) || self.stopping && self.leaving.is_empty() {
+        self.take_orders();
+        if self.shared.stopping.load(Ordering::Relaxed) || self.stopping && self.leaving.is_empty() {
             return false;
         }
         if self.line.as_ref().is_some_and(|line| line.leaving_since.is_some()) {
@@ -287,8 +288,7 @@ impl Multiplexer {
 
 /// Orders and notices.
 impl Multiplexer {
-    /// False: nobody gives orders any more.
-    fn take_orders(&mut self) -> bool {
+    fn take_orders(&mut self) {
         loop {
             match self.orders.try_recv() {
                 Ok(Order::Link(link)) => self.obey_link(link),
@@ -304,12 +304,12 @@ impl Multiplexer {
                 }
                 Ok(Order::Leave(id)) if self.line.as_ref().is_some_and(|line| line.link.worker.id == id) => self.unlink(),
                 Ok(Order::Leave(_)) => {}
-                Ok(Order::Stop) => {
+                // Who gave orders may be gone with the last one.
+                Ok(Order::Stop) | Err(TryRecvError::Disconnected) if !self.stopping => {
                     self.stopping = true;
                     self.unlink();
                 }
-                Err(TryRecvError::Empty) => return true,
-                Err(TryRecvError::Disconnected) => return false,
+                Ok(Order::Stop) | Err(_) => return,
             }
         }
     }
