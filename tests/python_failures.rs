@@ -208,7 +208,7 @@ fn all_workers_killed_at_the_same_time_cost_nobody_an_answer() {
 fn every_client_is_answered_while_workers_are_killed_and_nothing_runs_twice_that_must_not() {
     let python = python_or_skip!();
     let count = number("URINGD_KILL_REQUESTS", 20_000);
-    let pause = Duration::from_millis(number("URINGD_KILL_EVERY_MS", 20) as u64);
+    let pause = Duration::from_millis(number("URINGD_KILL_EVERY_MS", 100) as u64);
     let seed = seed();
     let directory = tempfile::tempdir().expect("a directory");
     let ledger = directory.path().join("ledger");
