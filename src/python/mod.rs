@@ -953,8 +953,8 @@ impl Supervisor {
         let serving: Vec<Arc<Worker>> = self.slots.iter().filter_map(|slot| slot.current.clone()).collect();
         loading.into_iter().for_each(|worker| self.leave(worker, Farewell::Ended));
         serving.iter().for_each(|worker| self.lose(worker, Farewell::Ended));
-        // Nobody will tell what became of those that were to be forked.
-        self.leaving.retain(|leaving| leaving.worker.pid.load(Ordering::Relaxed) != 0);
+        // Nobody will tell what becomes of those that were to be forked, or of which there is no handle.
+        self.leaving.retain(|leaving| leaving.worker.handle.get().is_some());
         self.zygote_at = Some(Instant::now() + pause(self.zygote_failures));
         self.zygote_failures = self.zygote_failures.saturating_add(1);
     }
