@@ -998,7 +998,7 @@ class MultiplexedChannel(Channel):
         super().__init__(worker, data_fd, fds_fd, page_fd)
         self.app = self.base = None
         self.exchanges = {}  # id: what has no answer yet
-        # Those of them that have not begun; and the numbers of pings, which stand in line with them.
+        # Those that have not begun; and the numbers of pings, which stand in line with them.
         self.waiting = deque()
         self.parts, self.have, self.needed = [], 0, 16  # of a frame that has come in part
         self.unsent = b""  # what the socket had no room for
