@@ -76,7 +76,7 @@
 //! - *The environ crosses as a tuple, not as a dict*: a key costs the worker three times its value. 0.9 us of 3.4 per request.
 //! - *A thread of its own, the courier, carries requests to a worker*, so that a worker takes the place of a handler thread and
 //!   everything around it stays. Busy, that costs a microsecond a request; with one connection it is two more threads to wake
-//!   (91 us a request, granian 66), which a ring thread that speaks to workers itself would save.
+//!   (88 us a request, granian 65), which a ring thread that speaks to workers itself would save.
 //! - *Disk work is done by threads, not on the ring*, so that both drivers and the simulation share one way.
 
 #![deny(unsafe_code)]

@@ -1035,7 +1035,7 @@ fn mapped(pid: u32) -> usize {
 #[test]
 fn many_requests_of_every_kind_leave_no_descriptor_behind() {
     let python = python_or_skip!();
-    let requests = number("URINGD_LEAK_REQUESTS", 20_000);
+    let requests = number("URINGD_LEAK_REQUESTS", 100_000);
     let server = Server::behave(&python, &[]);
     let body = vec![b'a'; 100_000];
     let round = |count: usize| {
