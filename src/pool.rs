@@ -15,7 +15,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard,
-        atomic::{AtomicUsize, Ordering, fence},
+        atomic::{AtomicU64, AtomicUsize, Ordering, fence},
     },
     thread,
     time::{Duration, Instant},
@@ -105,11 +105,10 @@ struct Core {
     jobs_taken: Receiver<Job>,
     answers: Sender<Answer>,
     answers_taken: Receiver<Answer>,
-    /// Wakes couriers, which look into the queue themselves; see [`Pools::errand_or`].
-    bells: Sender<()>,
-    bells_heard: Receiver<()>,
-    /// Handlers that wait for a job.
+    /// Handlers that wait for a job, or couriers.
     idle: AtomicUsize,
+    /// How long a request took lately, in microseconds, divided among those that travelled together.
+    pace: AtomicU64,
     /// Handlers that could take one. A core without any gives its requests to others.
     able: AtomicUsize,
     takers: RwLock<Vec<Arc<Taker>>>,
@@ -141,15 +140,13 @@ impl Pools {
             // The spare room is for requests that come back from a worker process that died; see `Pools::give_back`.
             let (jobs, jobs_taken) = bounded(config.limits.queue_max + COMING_BACK);
             let (answers, answers_taken) = unbounded();
-            let (bells, bells_heard) = bounded(BELLS);
             Core {
-                bells,
-                bells_heard,
                 jobs,
                 jobs_taken,
                 answers,
                 answers_taken,
                 idle: AtomicUsize::new(0),
+                pace: AtomicU64::new(HOP),
                 able: AtomicUsize::new(0),
                 takers: RwLock::default(),
                 waker: OnceLock::new(),
@@ -259,7 +256,7 @@ impl Pools {
         let neighbours = self.cores.iter().enumerate().filter(|(index, _)| *index != core);
         for (_, neighbour) in neighbours {
             // A stop is for the neighbour's own threads; `stop` empties the queue before it puts them in.
-            if neighbour.idle.load(Ordering::Relaxed) == 0
+            if neighbour.needs_help()
                 && let Ok(job) = neighbour.jobs_taken.try_recv()
             {
                 match job {
@@ -272,7 +269,7 @@ impl Pools {
     }
 }
 
-/// What the couriers of worker processes (`python/courier.rs`) do instead of [`Pools::work`].
+/// What a ring thread does for its couriers of worker processes (`python/dispatch.rs`), instead of [`Pools::work`].
 impl Pools {
     /// The next request without waiting.
     pub(crate) fn errand_now(&self, core: usize) -> Option<Errand> {
@@ -291,44 +288,55 @@ impl Pools {
         }
     }
 
-    /// Waits until there may be a request, or for one of `orders`; the outer `None`: there may be one.
-    ///
-    /// Nobody waits on the queue itself, because the first request of many would end the wait, and on a CPU that is
-    /// shared with the ring thread it would travel alone. The bell is rung when all are there ([`Pools::ring`]).
-    pub(crate) fn errand_or<T>(&self, core: usize, orders: &Receiver<T>) -> Option<Option<T>> {
-        let own = &self.cores[core];
-        own.idle.fetch_add(1, Ordering::SeqCst);
-        // Either this look sees what was just put in, or `ring` sees that somebody waits.
-        fence(Ordering::SeqCst);
-        let waits = |core: &Core| !core.jobs_taken.is_empty() && core.idle.load(Ordering::SeqCst) == 0;
-        let found = if own.jobs_taken.is_empty() && !self.cores.iter().any(waits) {
-            crossbeam_channel::select! {
-                recv(own.bells_heard) -> _ => None,
-                recv(orders) -> order => Some(order.ok()),
-            }
-        } else {
-            None
-        };
-        own.idle.fetch_sub(1, Ordering::SeqCst);
-        found
+    /// True when there is a request to take, here or with a neighbour.
+    pub(crate) fn may_take(&self, core: usize) -> bool {
+        let others = self.cores.iter().enumerate().filter(|(index, _)| *index != core);
+        !self.cores[core].jobs_taken.is_empty() || others.into_iter().any(|(_, other)| other.needs_help())
     }
 
-    /// Wakes as many of those that wait for requests as there are requests of this core: its own couriers, or those of a
-    /// neighbour when all of its own are busy.
+    /// One more courier (or less, with -1) waits for requests.
+    pub(crate) fn change_idle(&self, core: usize, change: isize) {
+        self.cores[core].idle.fetch_add(change.cast_unsigned(), Ordering::SeqCst);
+    }
+
+    /// Says how long a request took lately.
+    pub(crate) fn set_pace(&self, core: usize, pace: Micros) {
+        self.cores[core].pace.store(pace, Ordering::Relaxed);
+    }
+
+    /// True when requests wait for this core's own couriers, and others could take them.
+    pub(crate) fn keeps_waiting(&self, core: usize) -> bool {
+        let own = &self.cores[core];
+        self.cores.len() > 1 && !own.jobs_taken.is_empty() && !own.needs_help()
+    }
+
+    /// Wakes whoever should take of the requests of this core: its own ring thread; or, when all of its couriers are busy, as
+    /// many neighbours as there are requests for.
     fn ring(&self, core: &Core) {
+        // Either this look sees that somebody waits, or that one's sees what was just put in.
         fence(Ordering::SeqCst);
-        let waiting = core.jobs_taken.len();
+        let mut waiting = core.jobs_taken.len();
         if self.takers.load(Ordering::Relaxed) > 0 {
             return self.ring_takers(core, waiting);
         }
-        let idle = |core: &Core| core.idle.load(Ordering::SeqCst);
-        let busy = waiting > 0 && idle(core) == 0;
-        let core = if busy { self.cores.iter().find(|core| idle(core) > 0).unwrap_or(core) } else { core };
-        let wanted = waiting.min(idle(core));
-        for _ in core.bells.len()..wanted {
-            // Full: more than enough are being woken.
-            let _ = core.bells.try_send(());
+        if waiting > 0 && core.idle.load(Ordering::SeqCst) > 0 {
+            return core.wake();
         }
+        if !core.needs_help() {
+            return;
+        }
+        for neighbour in &self.cores {
+            let idle = neighbour.idle.load(Ordering::SeqCst);
+            if waiting > 0 && idle > 0 {
+                neighbour.wake();
+                waiting = waiting.saturating_sub(idle);
+            }
+        }
+    }
+
+    /// Wakes a core's ring thread for anything that is not a request.
+    pub(crate) fn wake(&self, core: usize) {
+        self.cores[core].wake();
     }
 
     /// One more (or less, with -1) that can take requests of this core. The last one to leave sends those that wait to
@@ -393,10 +401,6 @@ impl Pools {
             self.cores[wanted.trailing_zeros() as usize].wake();
             wanted &= wanted - 1;
         }
-    }
-
-    pub(crate) fn send_wait_max(&self) -> Duration {
-        self.send_wait_max
     }
 }
 
@@ -507,7 +511,7 @@ impl Pools {
             let able = self.cores.iter().filter(|core| core.able.load(Ordering::Relaxed) > 0);
             return able.min_by_key(|core| core.jobs_taken.len()).unwrap_or(own);
         }
-        if own.jobs_taken.is_empty() && self.handlers_per_core > 0 {
+        if own.jobs_taken.is_empty() && self.handlers_per_core > 0 || own.wait(1) < HOP {
             return own;
         }
         self.cores.iter().find(|core| free(core)).unwrap_or(own)
@@ -517,8 +521,8 @@ impl Pools {
 /// Room in each queue beyond its limit for requests that come back. More than the couriers of a core can hold, unless
 /// it has dozens of them.
 const COMING_BACK: usize = 1024;
-/// Couriers of one core that can be woken at a time.
-const BELLS: usize = 64;
+/// To be served by a neighbour costs as much as to wait for so long, in microseconds.
+pub(crate) const HOP: Micros = 1_000;
 
 impl Core {
     fn takers(&self) -> RwLockReadGuard<'_, Vec<Arc<Taker>>> {
@@ -531,8 +535,19 @@ impl Core {
         self.wake();
     }
 
+    /// One that has not begun looks into its queue when it begins.
     fn wake(&self) {
-        self.waker.get().expect("set before the first job").wake();
+        self.waker.get().into_iter().for_each(Waker::wake);
+    }
+
+    /// How long the last of those that wait will have waited, if `more` join them, as far as anybody knows.
+    fn wait(&self, more: usize) -> Micros {
+        ((self.jobs_taken.len() + more) as u64).saturating_mul(self.pace.load(Ordering::Relaxed))
+    }
+
+    /// Requests wait for somebody who is busy, and for longer than it takes to have them served elsewhere.
+    fn needs_help(&self) -> bool {
+        self.idle.load(Ordering::SeqCst) == 0 && self.wait(0) >= HOP
     }
 }
 

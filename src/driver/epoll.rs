@@ -33,7 +33,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Chunk, Completion, Driver, Figures, ListenerIndex, Op, Peer, RecvEnd, Token, uring, waker::Waker};
+use super::{Chunk, Completion, Driver, Figures, ListenerIndex, Op, Peer, RecvEnd, Slots, Token, uring, waker::Waker};
 
 /// The driver of one shard. `new` and everything else belong on the shard's thread.
 pub struct EpollDriver {
@@ -42,8 +42,7 @@ pub struct EpollDriver {
     listeners: Vec<Listener>,
     /// Some listener has an `AcceptEnded` to report.
     listener_ends: bool,
-    /// By `Token::slot`; grown when a slot is first named.
-    slots: Vec<Slot>,
+    slots: Slots<Slot>,
     /// The slot that a descriptor is registered for, or [`NO_SLOT`]. `Op::Close` names only the descriptor.
     slot_of_fd: Vec<u32>,
     /// Slots with something to do, each at most once (`Slot::queued`).
@@ -82,7 +81,7 @@ impl EpollDriver {
             waker,
             listeners: listeners.iter().map(|&fd| Listener { fd, accepting: false, readable: false, end: None }).collect(),
             listener_ends: false,
-            slots: Vec::new(),
+            slots: Slots::new(),
             slot_of_fd: Vec::new(),
             ready: VecDeque::new(),
             poll_due: false,
@@ -164,7 +163,7 @@ impl Driver for EpollDriver {
             }
             Op::RecvStop { token, .. } => {
                 // A receive that is already over has reported its end, and there is nothing to stop.
-                if let Some(slot) = self.slots.get_mut(token.slot as usize)
+                if let Some(slot) = self.slots.get(token.slot)
                     && slot.generation == token.generation
                     && slot.receiving
                 {
@@ -248,7 +247,7 @@ impl EpollDriver {
     fn poll_connection(&mut self, data: u64, events: u32) {
         let token = token_of(data);
         // A descriptor that was closed can still report while a child between fork and exec holds a copy of it.
-        let Some(slot) = self.slots.get_mut(token.slot as usize) else { return };
+        let Some(slot) = self.slots.get(token.slot) else { return };
         if slot.fd < 0 || slot.generation != token.generation {
             return;
         }
@@ -262,11 +261,7 @@ impl EpollDriver {
 
     /// The slot of `token`, registered for `fd` when its owner is new.
     fn adopt(&mut self, token: Token, fd: RawFd) -> &mut Slot {
-        let index = token.slot as usize;
-        if index >= self.slots.len() {
-            self.slots.resize_with(index + 1, || Slot::EMPTY);
-        }
-        let slot = &mut self.slots[index];
+        let slot = self.slots.named(token.slot, || Slot::EMPTY);
         if slot.fd == fd && slot.generation == token.generation {
             return slot;
         }
@@ -290,7 +285,7 @@ impl EpollDriver {
 
     /// Puts the slot into the FIFO if there is something to do.
     fn queue(&mut self, index: u32) {
-        let slot = &mut self.slots[index as usize];
+        let Some(slot) = self.slots.get(index) else { return };
         if !slot.queued && slot.has_work() {
             slot.queued = true;
             self.ready.push_back(index);
@@ -302,7 +297,7 @@ impl EpollDriver {
         let mut reported = false;
         for _ in 0..self.ready.len() {
             let Some(index) = self.ready.pop_front() else { break };
-            let slot = &mut self.slots[index as usize];
+            let Some(slot) = self.slots.get(index) else { continue };
             slot.queued = false;
             let token = Token { slot: index, generation: slot.generation };
             // Answers first: they free buffers and end requests, while bytes received make more work.
@@ -315,7 +310,7 @@ impl EpollDriver {
 
     fn close(&mut self, fd: RawFd, reset: bool) {
         let index = usize::try_from(fd).ok().and_then(|fd| self.slot_of_fd.get_mut(fd)).map(|index| mem::replace(index, NO_SLOT));
-        if let Some(slot) = self.slots.get_mut(index.unwrap_or(NO_SLOT) as usize) {
+        if let Some(slot) = self.slots.get(index.unwrap_or(NO_SLOT)) {
             assert!(!slot.receiving && slot.sending.is_none(), "a connection was closed with something in flight");
             slot.fd = -1;
         }

@@ -46,7 +46,7 @@ use self::waker::Waker;
 /// as `user_data`, so that a late completion can be told from one of the slot's present owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Token {
-    /// Index into the slot table of the shard, below 2^32.
+    /// Index into the slot table of the shard, below [`Token::CHANNELS`]; or, from there on, into its table of channels.
     pub slot: u32,
     /// Counts the slot's owners, modulo 2^24.
     pub generation: u32,
@@ -54,6 +54,42 @@ pub struct Token {
 
 impl Token {
     pub const GENERATION_MASK: u32 = 0xff_ffff;
+    /// The first slot of a channel: a socket to a worker process, and no client's.
+    pub const CHANNELS: u32 = 1 << 31;
+
+    pub fn is_channel(self) -> bool {
+        self.slot >= Token::CHANNELS
+    }
+}
+
+/// What a driver knows of each slot, by [`Token::slot`]; grown when a slot is first named.
+struct Slots<T> {
+    connections: Vec<T>,
+    channels: Vec<T>,
+}
+
+impl<T> Slots<T> {
+    fn new() -> Slots<T> {
+        Slots { connections: Vec::new(), channels: Vec::new() }
+    }
+
+    fn get(&mut self, slot: u32) -> Option<&mut T> {
+        match slot.checked_sub(Token::CHANNELS) {
+            Some(channel) => self.channels.get_mut(channel as usize),
+            None => self.connections.get_mut(slot as usize),
+        }
+    }
+
+    fn named(&mut self, slot: u32, new: impl FnMut() -> T) -> &mut T {
+        let (table, index) = match slot.checked_sub(Token::CHANNELS) {
+            Some(channel) => (&mut self.channels, channel as usize),
+            None => (&mut self.connections, slot as usize),
+        };
+        if index >= table.len() {
+            table.resize_with(index + 1, new);
+        }
+        &mut table[index]
+    }
 }
 
 /// Index of a listener in the list the shard was started with.

@@ -22,7 +22,7 @@ use std::{collections::VecDeque, io, os::fd::RawFd, ptr, time::Duration};
 use io_uring::{IoUring, cqueue, opcode, register::Restriction, squeue, types};
 
 use super::{
-    Chunk, Completion, Driver, Figures, ListenerIndex, Op, Peer, RecvEnd, Shutdown, Token,
+    Chunk, Completion, Driver, Figures, ListenerIndex, Op, Peer, RecvEnd, Shutdown, Slots, Token,
     buffers::Buffers,
     capabilities::{Capabilities, Unavailable},
     waker::Waker,
@@ -92,7 +92,7 @@ pub struct UringDriver {
     buffers: Option<Buffers>,
     scratch: Vec<u8>,
     /// What the kernel works on, by slot.
-    slots: Vec<InFlight>,
+    slots: Slots<InFlight>,
     /// Entries that found the submission queue full, in order.
     waiting: VecDeque<squeue::Entry>,
     /// Completions of one turn, copied out so that the queue is free again.
@@ -158,7 +158,7 @@ impl UringDriver {
             listeners: listeners.iter().map(listener).collect(),
             scratch: if buffers.is_some() { Vec::new() } else { vec![0; 4 * sizes.buffer_bytes] },
             buffers,
-            slots: Vec::new(),
+            slots: Slots::new(),
             waiting: VecDeque::new(),
             completions: Vec::with_capacity(sizes.completions as usize),
             waker: Waker::new().map_err(failed)?,
@@ -178,11 +178,7 @@ impl UringDriver {
     }
 
     fn slot(&mut self, token: Token) -> &mut InFlight {
-        let index = token.slot as usize;
-        if index >= self.slots.len() {
-            self.slots.resize_with(index + 1, InFlight::default);
-        }
-        &mut self.slots[index]
+        self.slots.named(token.slot, InFlight::default)
     }
 
     fn accept(&mut self, index: ListenerIndex) {

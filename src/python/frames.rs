@@ -27,7 +27,7 @@ use crate::{
 
 /// Length, id, type, flags, status.
 pub const HEADER_BYTES: usize = 12;
-/// A reader's buffer. What fits is taken whole, what does not is passed on in pieces.
+/// A reader's buffer. A frame that fits is taken whole, one that does not is passed on in pieces.
 const BUFFER_BYTES: usize = 256 << 10;
 /// Longest head of an answer, in bytes. Browsers and proxies stop between 8 and 256 KiB.
 const HEAD_BYTES_MAX: usize = 64 << 10;
@@ -407,8 +407,10 @@ pub enum Event<'a> {
 }
 
 /// Takes a worker's bytes and finds the frames in them.
+#[derive(Default)]
 pub struct Reader {
-    buffer: Box<[u8]>,
+    /// As long as it had to be so far.
+    buffer: Vec<u8>,
     /// What of the buffer is filled and not yet looked at.
     filled: Range<usize>,
     /// A frame that is passed on in pieces.
@@ -433,24 +435,39 @@ struct Header {
 
 impl Reader {
     pub fn new() -> Reader {
-        Reader { buffer: vec![0; BUFFER_BYTES].into(), filled: 0..0, large: None }
+        Reader::default()
     }
 
-    /// Forgets everything: the next bytes are of another channel.
-    pub fn clear(&mut self) {
-        self.filled = 0..0;
-        self.large = None;
+    /// Takes bytes that were read. However many: somebody who wants no more than fit stops reading.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.move_to_front();
+        let end = self.filled.end + bytes.len();
+        if end > self.buffer.len() {
+            self.buffer.resize(end, 0);
+        } else if end <= BUFFER_BYTES && self.buffer.len() > BUFFER_BYTES {
+            self.buffer.truncate(BUFFER_BYTES);
+            self.buffer.shrink_to_fit();
+        }
+        self.buffer[self.filled.end..end].copy_from_slice(bytes);
+        self.filled.end = end;
     }
 
-    /// Where the next bytes go. Never empty once [`Reader::next_event`] has returned `None`.
+    /// Where the next bytes are read to. Never empty once [`Reader::next_event`] has returned `None`.
     pub fn room(&mut self) -> &mut [u8] {
+        self.move_to_front();
+        if self.buffer.len() < BUFFER_BYTES {
+            self.buffer.resize(BUFFER_BYTES, 0);
+        }
+        &mut self.buffer[self.filled.end..]
+    }
+
+    fn move_to_front(&mut self) {
         if self.filled.is_empty() {
             self.filled = 0..0;
         } else if self.filled.start > 0 {
             self.buffer.copy_within(self.filled.clone(), 0);
             self.filled = 0..self.filled.len();
         }
-        &mut self.buffer[self.filled.end..]
     }
 
     /// So many bytes were put there.
@@ -498,7 +515,7 @@ impl Reader {
 
     /// A frame is not complete. When it never could be in this buffer, its beginning is taken now.
     fn begin_large(&mut self, header: Header) -> Result<Option<(u32, Event<'_>)>, Violation> {
-        if HEADER_BYTES + header.length <= self.buffer.len() {
+        if HEADER_BYTES + header.length <= BUFFER_BYTES {
             return Ok(None);
         }
         let Header { id, status, .. } = header;
@@ -526,12 +543,6 @@ impl Reader {
         let start = self.filled.start;
         self.filled.start += bytes;
         &self.buffer[start..start + bytes]
-    }
-}
-
-impl Default for Reader {
-    fn default() -> Reader {
-        Reader::new()
     }
 }
 

@@ -1,15 +1,16 @@
 //! Python applications: worker processes that are given complete requests, and whoever looks after them.
 //!
 //! ```text
-//!                     +-- courier --- thread of worker 1
-//!   queue of a core --+-- courier --- thread of worker 1       supervisor --orders--> couriers
-//!                     +-- courier --- thread of worker 2           |   ^---reports--- couriers
-//!                                                               zygote --fork--> workers
+//!                   +-- courier --- thread of worker 1
+//!   ring thread ----+-- courier --- thread of worker 1       supervisor --orders--> couriers
+//!                   +-- courier --- thread of worker 2           |   ^---reports--- couriers
+//!                                                             zygote --fork--> workers
 //! ```
 //!
 //! [`PythonApp`] says what to run. [`Workers`] runs it: one thread, the supervisor, owns the zygote and decides which
-//! process serves a *slot*; `courier.rs` moves the requests, or `multiplexer.rs` when a worker runs many at a time;
-//! `frames.rs` knows the bytes; `zygote.rs` the process.
+//! process serves a *slot* (`worker.rs`). A ring thread has couriers (`courier.rs`, gathered in `dispatch.rs`), each of which
+//! carries the requests of one thread of a worker; where a worker runs many requests at a time, a thread of its own does
+//! (`multiplexer.rs`). `frames.rs` knows the bytes; `zygote.rs` the process.
 //!
 //! A slot has at most one worker that serves. Its successor is forked beside it and takes over once it is ready,
 //! so recycling costs no request, and no two slots are recycled at a time. A worker that dies is replaced at once
@@ -20,9 +21,11 @@
 //! A worker that serves nobody any more *leaves*. Nothing happens to it while a courier still waits for an answer of one of its
 //! threads, each of which has its own deadline. Then it gets the signals of its [`Farewell`], until its end is known.
 
-pub mod courier;
+mod courier;
+pub mod dispatch;
 pub mod frames;
 pub mod multiplexer;
+pub mod worker;
 pub mod zygote;
 
 use std::{
@@ -50,9 +53,10 @@ use rustix::{
 };
 
 use self::{
-    courier::{Courier, Link, Order, Report, Reporter, Shared, Worker},
+    dispatch::{Mail, Mailbox},
     frames::{Event, Reader},
     multiplexer::Multiplexer,
+    worker::{Link, Order, Report, Reporter, Shared, Worker},
     zygote::{About, Channel, News, Zygote},
 };
 use crate::{
@@ -224,7 +228,7 @@ pub fn find_interpreter(chdir: Option<&Path>) -> PathBuf {
 pub struct Surroundings<'a> {
     pub pools: Arc<Pools>,
     pub config: &'a Config,
-    /// Where the couriers of each core run.
+    /// Where the multiplexers of each core run.
     pub cpus: &'a [CoreId],
     /// Where it listens.
     pub addresses: &'a [String],
@@ -238,6 +242,8 @@ pub struct Surroundings<'a> {
 pub struct Workers {
     reporter: Reporter,
     supervisor: JoinHandle<()>,
+    /// What the couriers of each core are told.
+    mail: Vec<Receiver<Mail>>,
     shared: Arc<Shared>,
     count: usize,
     description: String,
@@ -274,8 +280,10 @@ impl Workers {
         let name = app.app.clone();
         let base = base(&app, addresses);
         let zygote = Zygote::start(&app, &base, count).map_err(|source| Error::Interpreter { path: app.interpreter.clone(), source })?;
+        let (mail, mailboxes): (Vec<_>, Vec<_>) = cpus.iter().map(|_| unbounded()).unzip();
         let mut supervisor = Supervisor {
             app,
+            mail,
             base,
             zygote: Some(zygote),
             about: None,
@@ -284,7 +292,7 @@ impl Workers {
             shared: shared.clone(),
             cpus: cpus.to_vec(),
             slots: Vec::new(),
-            couriers: 0,
+            numbers: 0,
             pending: Vec::new(),
             leaving: Vec::new(),
             longest_load: Duration::ZERO,
@@ -318,13 +326,18 @@ impl Workers {
         let description = format!("app {name} ({interface}{class})");
         tracing::debug!(python = about.python, implementation = about.implementation, "the Python workers are ready");
         let thread = thread::Builder::new().name("supervisor".to_owned()).spawn(move || supervisor.run()).map_err(cannot_start)?;
-        Ok(Workers { reporter, supervisor: thread, shared, count, description })
+        Ok(Workers { reporter, supervisor: thread, mail: mailboxes, shared, count, description })
     }
 
     /// For the start-up line: `2 workers, app hello:app (wsgi)`.
     pub fn describe(&self) -> String {
         let workers = if self.count == 1 { "worker" } else { "workers" };
         format!("{} {workers}, {}", self.count, self.description)
+    }
+
+    /// What the ring thread of a core has to know to serve its workers.
+    pub fn mailbox(&self, core: usize) -> Mailbox {
+        Mailbox { shared: self.shared.clone(), mail: self.mail[core].clone() }
     }
 
     /// Something that can tell the supervisor to have one worker more, or less.
@@ -382,9 +395,11 @@ struct Supervisor {
     zygote_at: Option<Instant>,
     shared: Arc<Shared>,
     cpus: Vec<CoreId>,
+    /// Where the couriers of each core are told what to do.
+    mail: Vec<Sender<Mail>>,
     slots: Vec<Slot>,
-    /// Courier threads started so far.
-    couriers: u32,
+    /// Couriers and multiplexers so far.
+    numbers: u32,
     /// Workers that load the application.
     pending: Vec<Pending>,
     leaving: Vec<Leaving>,
@@ -402,7 +417,6 @@ struct Supervisor {
 /// The place of one worker.
 struct Slot {
     orders: Vec<Orders>,
-    couriers: Vec<JoinHandle<()>>,
     current: Option<Arc<Worker>>,
     /// Workers in a row that served nobody.
     failures: u32,
@@ -414,17 +428,24 @@ struct Slot {
 }
 
 /// Where the orders for a courier, or for a multiplexer, are put.
-struct Orders {
-    orders: Sender<Order>,
-    /// A multiplexer waits for other things too.
-    bell: Option<Waker>,
+enum Orders {
+    Courier { core: usize, number: u32, mail: Sender<Mail> },
+    Multiplexer { orders: Sender<Order>, bell: Waker, thread: JoinHandle<()> },
 }
 
 impl Orders {
-    fn send(&self, order: Order) {
+    fn send(&self, order: Order, pools: &Pools) {
         // Its thread may have ended already.
-        let _ = self.orders.send(order);
-        self.bell.iter().for_each(Waker::wake);
+        match self {
+            Orders::Courier { core, number, mail } => {
+                let _ = mail.send((*number, order));
+                pools.wake(*core);
+            }
+            Orders::Multiplexer { orders, bell, .. } => {
+                let _ = orders.send(order);
+                bell.wake();
+            }
+        }
     }
 }
 
@@ -710,7 +731,8 @@ impl Supervisor {
         self.longest_load = self.longest_load.max(worker.born.elapsed());
         let slot = &mut self.slots[worker.slot];
         for (orders, channel) in slot.orders.iter().zip(channels) {
-            orders.send(Order::Link(Link::new(channel, worker.clone(), self.shared.reporter.clone())));
+            let link = Link::new(channel, worker.clone(), self.shared.reporter.clone());
+            orders.send(Order::Link(link), &self.shared.pools);
         }
         slot.recycle = false;
         if let Some(old) = slot.current.replace(worker) {
@@ -817,7 +839,8 @@ impl Supervisor {
             slot.current = None;
             slot.recycle = false;
             for orders in &slot.orders {
-                orders.send(if worker.has_status() { Order::Drop(worker.id) } else { Order::Leave(worker.id) });
+                let order = if worker.has_status() { Order::Drop(worker.id) } else { Order::Leave(worker.id) };
+                orders.send(order, &self.shared.pools);
             }
             if worker.was_tried() {
                 slot.failures = 0;
@@ -880,37 +903,36 @@ impl Supervisor {
         let closed = self.slots.iter().position(|slot| slot.closed);
         let index = closed.unwrap_or(self.slots.len());
         let core = index % self.cpus.len();
-        let (mut orders, mut couriers) = (Vec::new(), Vec::new());
-        for thread in 0..self.app.channels() {
-            match self.start_courier(core, format!("courier-{index}.{thread}")) {
-                Ok((way, courier)) => {
-                    orders.push(way);
-                    couriers.push(courier);
-                }
-                Err(error) => tracing::error!(%error, "a thread for a worker could not be started; try: a higher limit (ulimit -u)"),
+        let mut orders = Vec::new();
+        for _ in 0..self.app.channels() {
+            let number = self.numbers;
+            self.numbers += 1;
+            match self.app.greenlets {
+                None => orders.push(Orders::Courier { core, number, mail: self.mail[core].clone() }),
+                Some(limit) => match self.start_multiplexer(core, number, limit) {
+                    Ok(multiplexer) => orders.push(multiplexer),
+                    Err(error) => tracing::error!(%error, "a thread for a worker could not be started; try: a higher limit (ulimit -u)"),
+                },
             }
         }
-        let slot = Slot { orders, couriers, current: None, failures: 0, fork_at: None, recycle: false, closed: false };
+        let slot = Slot { orders, current: None, failures: 0, fork_at: None, recycle: false, closed: false };
         match closed {
             Some(index) => self.slots[index] = slot,
             None => self.slots.push(slot),
         }
     }
 
-    fn start_courier(&mut self, core: usize, name: String) -> io::Result<(Orders, JoinHandle<()>)> {
+    fn start_multiplexer(&self, core: usize, number: u32, limit: usize) -> io::Result<Orders> {
         let (orders, taken) = unbounded();
-        let (shared, cpu, number) = (self.shared.clone(), self.cpus[core], self.couriers);
-        self.couriers += 1;
-        let many = self.app.greenlets.map(|limit| Waker::new().map(|bell| (bell, limit))).transpose()?;
-        let bell = many.as_ref().map(|(bell, _)| bell.clone());
+        let (shared, cpu) = (self.shared.clone(), self.cpus[core]);
+        let bell = Waker::new()?;
+        let waker = bell.clone();
         let work = move || {
             core_affinity::set_for_current(cpu);
-            match many {
-                Some((bell, limit)) => Multiplexer::new(shared, core, number, taken, bell, limit).run(),
-                None => Courier::new(shared, core, number, taken).run(),
-            }
+            Multiplexer::new(shared, core, number, taken, waker, limit).run();
         };
-        Ok((Orders { orders, bell }, thread::Builder::new().name(name).spawn(work)?))
+        let thread = thread::Builder::new().name(format!("multiplexer-{number}")).spawn(work)?;
+        Ok(Orders::Multiplexer { orders, bell, thread })
     }
 
     fn remove_slot(&mut self) {
@@ -921,7 +943,7 @@ impl Supervisor {
         let index = self.slots.iter().rposition(|slot| !slot.closed).expect("counted above");
         let slot = &mut self.slots[index];
         slot.closed = true;
-        slot.orders.drain(..).for_each(|orders| orders.send(Order::Stop));
+        slot.orders.drain(..).for_each(|orders| orders.send(Order::Stop, &self.shared.pools));
         let current = slot.current.take();
         let pending = self.pending.iter().position(|pending| pending.worker.slot == index);
         // Its channels close, so it ends by itself.
@@ -960,11 +982,13 @@ impl Supervisor {
     }
 
     fn end(mut self) {
-        for slot in &self.slots {
-            slot.orders.iter().for_each(|orders| orders.send(Order::Stop));
+        for orders in self.slots.iter().flat_map(|slot| &slot.orders) {
+            orders.send(Order::Stop, &self.shared.pools);
         }
-        for slot in &mut self.slots {
-            slot.couriers.drain(..).for_each(|courier| drop(courier.join()));
+        for orders in self.slots.iter_mut().flat_map(|slot| slot.orders.drain(..)) {
+            if let Orders::Multiplexer { thread, .. } = orders {
+                let _ = thread.join();
+            }
         }
         let workers: Vec<Arc<Worker>> = self.known().cloned().collect();
         self.pending.clear();

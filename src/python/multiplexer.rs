@@ -45,8 +45,8 @@ use rustix::{
 };
 
 use super::{
-    courier::{Link, Order, RUN_MAX, Report, RequestId, Shared, may_be_repeated},
     frames::{self, Event, Facts, Reader, Violation, Word},
+    worker::{Link, Order, RUN_MAX, Report, RequestId, Shared, may_be_repeated},
 };
 use crate::{
     driver::{Token, waker::Waker},

@@ -40,7 +40,8 @@ use crate::{
     pool::{Clock, Pools},
     python::{
         PythonApp, Surroundings, Workers,
-        courier::{Report, Reporter},
+        dispatch::{Dispatch, Mailbox},
+        worker::{Report, Reporter},
     },
     shard::{
         self, Control,
@@ -205,6 +206,7 @@ impl Server {
                 stats: stats[index].clone(),
                 pools: pools.clone(),
                 quota: quota.clone(),
+                workers: workers.as_ref().map(|workers| workers.mailbox(index)),
                 control: control.clone(),
                 clock,
             };
@@ -326,6 +328,7 @@ struct Shard {
     stats: Arc<Stats>,
     pools: Arc<Pools>,
     quota: Arc<Quota>,
+    workers: Option<Mailbox>,
     control: Arc<Control>,
     clock: Clock,
 }
@@ -358,7 +361,8 @@ impl Shard {
         };
         let waker: Waker = driver.waker();
         self.control.register(waker.clone());
-        let desk = self.pools.desk(self.index, waker);
+        let desk = self.pools.desk(self.index, waker.clone());
+        let mut workers = self.workers.map(|mailbox| Dispatch::new(mailbox, self.index, waker));
         let now = self.clock.now();
         let stats = self.stats.clone();
         let quota = self.quota.clone();
@@ -367,8 +371,8 @@ impl Shard {
         let _ = started.send(Ok(()));
         drop(self.handler);
         let drain = self.config.timeouts.drain;
-        let ended = shard::run(&mut *driver, &mut engine, &desk, &self.control, self.clock, drain, &self.stats).map_err(Error::Driver);
-        if !engine.is_quiet() {
+        let ended = shard::run(&mut *driver, &mut engine, &desk, workers.as_mut(), &self.control, self.clock, drain).map_err(Error::Driver);
+        if !engine.is_quiet() || workers.is_some_and(|workers| !workers.is_quiet()) {
             // The kernel may still write into the driver's memory: it is left alone for the rest of the process.
             std::mem::forget(driver);
         }

@@ -327,6 +327,10 @@ impl Engine {
         self.listeners.iter().all(|listener| !listener.in_flight)
     }
 
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
     /// True when nothing is left that the kernel could report on.
     pub fn is_quiet(&self) -> bool {
         self.slots.is_empty() && self.parked.is_empty() && self.accepts_nothing()

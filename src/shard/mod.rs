@@ -16,12 +16,12 @@ use std::{
 };
 
 use crate::{
-    driver::{Driver, policy, waker::Waker},
+    driver::{Completion, Driver, policy, waker::Waker},
     exchange::Micros,
     pool::{Answer, Clock, Desk},
+    python::dispatch::Dispatch,
     server::listeners::Listeners,
     shard::engine::{Engine, Life},
-    stats::Stats,
 };
 
 /// After a forced stop, the kernel is given this long to report the end of what it has in flight.
@@ -80,10 +80,10 @@ pub fn run(
     driver: &mut dyn Driver,
     engine: &mut Engine,
     desk: &Desk,
+    mut workers: Option<&mut Dispatch>,
     control: &Arc<Control>,
     clock: Clock,
     drain: Duration,
-    stats: &Stats,
 ) -> io::Result<usize> {
     let waker = driver.waker();
     let mut second = 0;
@@ -94,21 +94,19 @@ pub fn run(
     let mut patient = false;
     let mut lost = 0;
     loop {
-        stats.turns.add(1);
-        stats.enters.set(driver.figures().enters);
+        engine.stats().turns.add(1);
+        engine.stats().enters.set(driver.figures().enters);
         let now = clock.now();
         if now / 1_000_000 != second {
             second = now / 1_000_000;
             engine.set_date(SystemTime::now());
         }
+        if let Some(workers) = &mut workers {
+            workers.turn(now);
+            workers.answers(|answer| take(engine, answer, now));
+        }
         while let Some(answer) = desk.answer() {
-            match answer {
-                Answer::Response(exchange) => engine.answered(exchange, now),
-                Answer::Hints { token, serial, fields } => engine.hinted(token, serial, &fields, now),
-                Answer::Piece { token, serial, bytes } => engine.piece(token, serial, bytes, now),
-                Answer::Ended { token, serial, whole } => engine.ended(token, serial, whole, now),
-                Answer::Disk(done) => engine.disk_done(done, now),
-            }
+            take(engine, answer, now);
         }
         if control.life() >= Life::Draining && drain_until.is_none() {
             drain_until = Some(now + drain.as_micros() as Micros);
@@ -126,6 +124,9 @@ pub fn run(
         }
         let over = stop_until.is_some_and(|until| until <= now);
         if over || drain_until.is_some() && engine.is_quiet() && engine.ops.is_empty() {
+            if let Some(workers) = workers {
+                wind_up(driver, workers, clock)?;
+            }
             return Ok(lost);
         }
 
@@ -134,6 +135,10 @@ pub fn run(
             if let Err(exchange) = desk.offer(exchange) {
                 engine.queue_full(exchange, now);
             }
+        }
+        if let Some(workers) = &mut workers {
+            workers.dispatch();
+            workers.ops().for_each(|op| driver.push(op));
         }
         desk.ring();
         // Its room is used again. What came up meanwhile waits in the engine's own list for the next turn.
@@ -144,9 +149,12 @@ pub fn run(
         engine.disk.drain(..).for_each(|job| desk.spool(job));
 
         waker.sleep();
-        let more =
-            desk.has_answer() || !engine.dispatch.is_empty() || control.life() as u8 > 0 && stop_until.is_none() && drain_until.is_none();
-        let deadlines = [engine.next_deadline(), drain_until.filter(|_| stop_until.is_none()), stop_until];
+        let more = desk.has_answer()
+            || !engine.dispatch.is_empty()
+            || workers.as_ref().is_some_and(|workers| workers.has_news())
+            || control.life() as u8 > 0 && stop_until.is_none() && drain_until.is_none();
+        let look_at = workers.as_ref().and_then(|workers| workers.next_deadline());
+        let deadlines = [engine.next_deadline(), look_at, drain_until.filter(|_| stop_until.is_none()), stop_until];
         let timeout = match deadlines.into_iter().flatten().min() {
             _ if more || engine.is_quiet() && drain_until.is_some() => Some(Duration::ZERO),
             Some(due) => Some(Duration::from_micros(due.saturating_sub(now))),
@@ -155,7 +163,8 @@ pub fn run(
         // What arrives now can only wait, so whoever computes the next answers is not interrupted for each piece of it. Twice in
         // a row, because somebody who was just woken has not taken his request yet.
         let was_saturated = std::mem::replace(&mut saturated, desk.is_saturated());
-        if (saturated && was_saturated) != patient {
+        let busy = workers.as_ref().is_some_and(|workers| workers.is_saturated());
+        if (busy || saturated && was_saturated) != patient {
             patient = !patient;
             // Where it is forbidden, everything is only slower.
             let _ = policy::interrupt_others(!patient);
@@ -163,7 +172,45 @@ pub fn run(
         let mut woken_at = None;
         driver.wait(timeout, &mut |completion| {
             let now = *woken_at.get_or_insert_with(|| clock.now());
-            engine.handle(completion, now);
+            match &mut workers {
+                Some(workers) if is_of_channel(&completion) => workers.handle(completion, now),
+                _ => engine.handle(completion, now),
+            }
         })?;
     }
+}
+
+fn take(engine: &mut Engine, answer: Answer, now: Micros) {
+    match answer {
+        Answer::Response(exchange) => engine.answered(exchange, now),
+        Answer::Hints { token, serial, fields } => engine.hinted(token, serial, &fields, now),
+        Answer::Piece { token, serial, bytes } => engine.piece(token, serial, bytes, now),
+        Answer::Ended { token, serial, whole } => engine.ended(token, serial, whole, now),
+        Answer::Disk(done) => engine.disk_done(done, now),
+    }
+}
+
+fn is_of_channel(completion: &Completion<'_>) -> bool {
+    match completion {
+        Completion::Received { token, .. } | Completion::RecvEnded { token, .. } | Completion::Sent { token, .. } => token.is_channel(),
+        Completion::Accepted { .. } | Completion::AcceptEnded { .. } => false,
+    }
+}
+
+/// Lets go of the workers, and waits for what is in flight to them.
+fn wind_up(driver: &mut dyn Driver, workers: &mut Dispatch, clock: Clock) -> io::Result<()> {
+    let until = clock.now() + STOP_WAIT;
+    workers.wind_up(clock.now());
+    // No request waits for any of these answers.
+    workers.answers(drop);
+    while !workers.is_quiet() && clock.now() < until {
+        workers.ops().for_each(|op| driver.push(op));
+        let left = Duration::from_micros(until.saturating_sub(clock.now()));
+        driver.wait(Some(left), &mut |completion| {
+            if is_of_channel(&completion) {
+                workers.handle(completion, clock.now());
+            }
+        })?;
+    }
+    Ok(())
 }

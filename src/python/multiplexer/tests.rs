@@ -17,7 +17,7 @@ use crate::{
     http1::{Connection, Event as HttpEvent, Head},
     pool::{Clock, Desk, Pools},
     python::{
-        courier::{Reporter, Worker},
+        worker::{Reporter, Worker},
         zygote::Channel,
     },
     shard::sim::random::Random,
