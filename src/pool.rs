@@ -419,6 +419,11 @@ impl Pools {
     }
 
     #[cfg(test)]
+    pub(crate) fn idle(&self) -> usize {
+        self.cores.iter().map(|core| core.idle.load(Ordering::SeqCst)).sum()
+    }
+
+    #[cfg(test)]
     pub(crate) fn takers(&self) -> usize {
         self.takers.load(Ordering::SeqCst)
     }

@@ -91,6 +91,10 @@ impl Wire {
         self.link.channel.data.as_raw_fd()
     }
 
+    fn index(&self) -> usize {
+        (self.token.slot - Token::CHANNELS) as usize
+    }
+
     fn is_quiet(&self) -> bool {
         !self.receiving && !self.sending
     }
@@ -241,7 +245,7 @@ impl Dispatch {
                     _ => {}
                 }
                 if wire.is_quiet() {
-                    self.core.channels.remove(index);
+                    self.core.forget(index);
                 }
             }
             None => unreachable!("a channel is forgotten only when nothing of it is in flight"),
@@ -326,12 +330,25 @@ impl Core {
 
     /// The worker is given nothing more on this channel, which is closed as soon as it can be.
     pub fn close(&mut self, mut wire: Wire) {
-        let index = (wire.token.slot - Token::CHANNELS) as usize;
-        if wire.is_quiet() {
-            self.channels.remove(index);
-        } else {
+        let (index, is_quiet) = (wire.index(), wire.is_quiet());
+        if !is_quiet {
             self.shut_down(&mut wire);
-            self.channels[index] = Owner::Nobody(wire);
+        }
+        self.channels[index] = Owner::Nobody(wire);
+        if is_quiet {
+            self.forget(index);
+        }
+    }
+
+    /// Closes a channel of which nothing is in flight. What was still to be done to its descriptor would be done to the next
+    /// owner of the number.
+    fn forget(&mut self, index: usize) {
+        if let Owner::Nobody(wire) = self.channels.remove(index) {
+            let fd = wire.fd();
+            self.ops.retain(|op| !matches!(op, Op::Shutdown { fd: of, .. } | Op::RecvStop { fd: of, .. } if *of == fd));
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -864,4 +864,4 @@ impl Flight {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -131,7 +131,7 @@ impl Drop for Stand {
     }
 }
 
-fn exchange(method: &str, serial: u64) -> Box<Exchange> {
+pub(in crate::python) fn exchange(method: &str, serial: u64) -> Box<Exchange> {
     let text = format!("{method} /n{serial}. HTTP/1.1\r\nHost: h\r\n\r\n");
     let (mut exchange, mut head) = (Box::new(Exchange::new()), Head::default());
     let permit = Config::default().permit;
@@ -221,7 +221,7 @@ impl Played {
 
 impl Channel {
     /// A channel, and the worker's ends of it.
-    fn played() -> (Channel, UnixStream, UnixStream, std::fs::File) {
+    pub(in crate::python) fn played() -> (Channel, UnixStream, UnixStream, std::fs::File) {
         let (channel, theirs) = Channel::pair().expect("sockets");
         let [data, descriptors, page]: [OwnedFd; 3] = theirs;
         (channel, data.into(), descriptors.into(), page.into())
