@@ -10,7 +10,7 @@ mod support;
 use std::{
     collections::HashSet,
     fs,
-    io::{Read, Write},
+    io::Write,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -19,7 +19,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use support::{PATIENCE, Server, children, children_of_children, command, descriptors, is_alive, kill, python, state, wait_until};
+use support::{
+    PATIENCE, Raise, Server, children, children_of_children, command, descriptors, is_alive, keep_asking, kill, python, state, under_load,
+    wait_until, wait_until_within,
+};
 
 fn failing(python: &Path, options: &[&str]) -> Server {
     Server::start(python, "failing:app", options)
@@ -69,36 +72,6 @@ impl Source {
     }
 }
 
-/// Keeps four clients asking while `body` runs. Every answer must be a 200; returns how many there were.
-fn under_load<T>(server: &Server, target: &str, body: impl FnOnce() -> T) -> (usize, T) {
-    let stop = AtomicBool::new(false);
-    let answers = AtomicUsize::new(0);
-    let told = thread::scope(|scope| {
-        // Also when it fails: a scope waits for its threads.
-        let _stop = Raise(&stop);
-        for _ in 0..4 {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    let answer = server.get(target);
-                    assert_eq!(answer.status, 200, "{answer:?}; the log:\n{}", server.log.text());
-                    answers.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        }
-        body()
-    });
-    (answers.into_inner(), told)
-}
-
-/// Raises a flag when it goes out of scope.
-struct Raise<'a>(&'a AtomicBool);
-
-impl Drop for Raise<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 // ---------------------------------------------------------------------------------- it dies
 
 #[test]
@@ -138,14 +111,7 @@ fn a_request_that_its_worker_has_not_begun_goes_to_another_whatever_its_method()
 #[test]
 fn a_worker_killed_while_it_is_idle_costs_no_request() {
     let python = python_or_skip!();
-    let server = failing(&python, &[]);
-    for _ in 0..5 {
-        let pid = server.pid();
-        kill(pid, libc::SIGKILL);
-        // It may be asked before anybody has noticed.
-        assert_eq!(server.ask("POST", "/echo", b"x").status, 200);
-        assert_ne!(server.pid(), pid);
-    }
+    support::loses_no_request_with_an_idle_worker(&failing(&python, &[]));
 }
 
 #[test]
@@ -287,20 +253,12 @@ fn whatever_happens_to_its_processes_at_the_same_time_it_recovers() {
     let options =
         ["--cores", "all", "--workers", "3", "--threads", "2", "--timeout", "2", "--max-requests", "300", "--max-requests-jitter", "200"];
     let server = failing(&python, &options);
-    let stop = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let over = Raise(&stop);
-        for client in 0..4 {
-            let (server, stop) = (&server, &stop);
-            scope.spawn(move || {
-                let method = if client == 0 { "POST" } else { "GET" };
-                while !stop.load(Ordering::Relaxed) {
-                    let answer = server.ask(method, "/echo", b"x");
-                    // 502: twice in a worker that was killed. 504: in one that was stopped, or too few were left.
-                    assert!([200, 502, 504].contains(&answer.status), "{answer:?}; the log:\n{}", server.log.text());
-                }
-            });
-        }
+    let ask = |client| {
+        let answer = server.ask(if client == 0 { "POST" } else { "GET" }, "/echo", b"x");
+        // 502: twice in a worker that was killed. 504: in one that was stopped, or too few were left.
+        assert!([200, 502, 504].contains(&answer.status), "{answer:?}; the log:\n{}", server.log.text());
+    };
+    keep_asking(4, ask, || {
         for _ in 0..60 {
             thread::sleep(Duration::from_millis(random(80)));
             let worker = one_of(&server.workers(), &mut random);
@@ -314,7 +272,6 @@ fn whatever_happens_to_its_processes_at_the_same_time_it_recovers() {
                 _ => {}
             }
         }
-        drop(over);
     });
     // How many there should be, the log says last.
     let log = server.log.text();
@@ -504,20 +461,13 @@ fn requests_in_company_of_one_that_hangs_are_served_by_others() {
 #[test]
 fn a_deadline_can_be_moved_by_the_application() {
     let python = python_or_skip!();
-    let server = Server::behave(&python, &["--timeout", "1"]);
-    let answer = server.get("/extend?2");
-    assert_eq!((answer.status, answer.text()), (200, "in time after all"));
+    support::lets_a_request_move_its_deadline(&Server::behave(&python, &["--timeout", "1"]));
 }
 
 #[test]
 fn a_stopped_worker_is_replaced_at_its_deadline() {
     let python = python_or_skip!();
-    let server = failing(&python, &["--timeout", "1"]);
-    let pid = server.pid();
-    kill(pid, libc::SIGSTOP);
-    assert_eq!(server.get("/echo").status, 504);
-    assert_eq!(server.get("/echo").status, 200);
-    wait_until("the stopped worker is gone", || !is_alive(pid));
+    support::replaces_a_stopped_worker(&failing(&python, &["--timeout", "1"]));
 }
 
 #[test]
@@ -820,10 +770,7 @@ fn a_successor_that_does_not_come_to_the_end_of_its_import_is_given_up() {
     wait_until("its import hangs", || mark.exists());
     source.write(GOOD);
     // Ten seconds are the least that every import is given.
-    let until = Instant::now() + 3 * PATIENCE;
-    while server.get("/").status != 200 {
-        assert!(Instant::now() < until, "{}", server.log.text());
-    }
+    wait_until_within(3 * PATIENCE, "it serves", || server.get("/").status == 200);
 }
 
 // ---------------------------------------------------------------------------------- it grows
@@ -867,7 +814,7 @@ fn a_generator_without_end_is_closed_when_its_client_leaves() {
         let trace = Trace::new();
         let pid = server.pid();
         let mut begun = server.begin("GET", &format!("/endless?{pause},{}", trace.path.display()), None);
-        begun.0.read_exact(&mut [0; 200]).expect("pieces");
+        begun.wait_for(200);
         drop(begun);
         trace.wait();
         assert_eq!(trace.text(), "x", "closed once");
@@ -882,10 +829,8 @@ fn an_application_that_streams_nothing_for_a_while_sees_its_client_leave() {
     let trace = Trace::new();
     let pid = server.pid();
     let mut begun = server.begin("GET", &format!("/waiting?{}", trace.path.display()), None);
-    begun.0.read_exact(&mut [0; 150]).expect("a head and a piece");
-    // With a RST, which is no half-closed connection.
-    socket2::SockRef::from(&begun.0).set_linger(Some(Duration::ZERO)).expect("an option");
-    drop(begun);
+    begun.wait_for(150);
+    begun.leave();
     trace.wait();
     assert_eq!(server.pid(), pid);
 }
@@ -896,7 +841,7 @@ fn a_stop_does_not_wait_for_a_client_that_reads_nothing() {
     let mut server = failing(&python, &["--graceful-timeout", "1"]);
     let trace = Trace::new();
     let mut begun = server.begin("GET", &format!("/endless?0,{}", trace.path.display()), None);
-    begun.0.read_exact(&mut [0; 200]).expect("pieces");
+    begun.wait_for(200);
     // The send limit, which the generator would wait for, is longer than anybody waits here.
     server.expected = 3;
     assert_eq!(server.stop(), Some(3));

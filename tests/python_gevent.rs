@@ -9,19 +9,16 @@ mod support;
 use std::{
     collections::HashSet,
     env, fs,
-    io::{self, BufRead, BufReader, Read, Write},
-    net::{Shutdown, TcpStream},
+    io::{self, Read, Write},
+    net::Shutdown,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{
-        Mutex, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
 
-use support::{Answer, PATIENCE, Server, command, is_alive, kill, python, wait_until};
+use support::{Answer, Begun, Server, command, is_alive, keep_asking, kill, python, under_load, wait_until};
 
 /// The interpreter that has gevent, or `None` and a line that says why not.
 fn green_python(test: &str) -> Option<PathBuf> {
@@ -75,23 +72,9 @@ fn green(python: &Path, options: &[&str]) -> Server {
     Server::start(python, "green:app", &[&["--worker-class", "gevent"], options].concat())
 }
 
-/// Sends a request, whose answer is read later.
-fn begin(server: &Server, target: &str) -> TcpStream {
-    let mut stream = server.connect();
-    stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes()).expect("sent");
-    stream
-}
-
-fn end(mut stream: TcpStream) -> Answer {
-    let mut bytes = Vec::new();
-    stream.read_to_end(&mut bytes).expect("an answer");
-    Answer::parse(&bytes)
-}
-
-/// Ends the connection with a RST, which is no half-closed one.
-fn leave(stream: TcpStream) {
-    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("an option");
-    drop(stream);
+/// Sends a GET, whose answer is read later.
+fn begin(server: &Server, target: &str) -> Begun {
+    server.begin("GET", target, None)
 }
 
 /// Waits until so many requests for /wait have begun.
@@ -114,10 +97,7 @@ fn the_worker_itself_passes_its_tests() {
 fn an_application_is_served_and_the_start_up_line_names_its_class() {
     let python = green_or_skip!();
     for backend in ["auto", "epoll"] {
-        let server = green(&python, &["--workers", "2", "--backend", backend]);
-        assert!(server.log.text().contains("2 workers, app green:app (wsgi, gevent)\n"), "{}", server.log.text());
-        let answer = server.get("/");
-        assert_eq!((answer.status, answer.text(), answer.header("Content-Length")), (200, "hello\n", Some("6")));
+        support::is_served(&green(&python, &["--workers", "2", "--backend", backend]), "2 workers, app green:app (wsgi, gevent)\n");
     }
 }
 
@@ -125,18 +105,8 @@ fn an_application_is_served_and_the_start_up_line_names_its_class() {
 fn bodies_and_answers_of_all_sizes_arrive_whole() {
     let python = green_or_skip!();
     let server = green(&python, &[]);
-    for length in [1, 65_536, 65_537, 300_000, 3_000_000] {
-        let body: Vec<u8> = (0..length).map(|at: u32| ((at * 7) >> 3) as u8).collect();
-        let answer = server.ask("POST", "/echo", &body);
-        assert_eq!((answer.status, answer.header("X-Length")), (200, Some(&*length.to_string())));
-        assert!(answer.body == body && answer.whole, "{length} bytes");
-    }
-    for length in [0, 131_072, 131_073, 5_000_000] {
-        let large = server.get(&format!("/large?{length}"));
-        assert_eq!((large.body.len(), large.whole, large.header("Transfer-Encoding")), (length, true, None));
-        let head = server.ask("HEAD", &format!("/large?{length}"), b"");
-        assert_eq!((head.status, head.header("Content-Length"), head.body.len()), (200, Some(&*length.to_string()), 0));
-    }
+    support::echoes_bodies_of(&server, &[1, 65_536, 65_537, 300_000, 3_000_000]);
+    support::makes_bodies_of(&server, &[0, 131_072, 131_073, 5_000_000]);
     let bulk = server.get("/bulk?100");
     assert_eq!((bulk.body.len(), bulk.whole), (6_553_600, true));
     assert_eq!(server.ask("HEAD", "/bulk?100", b"").status, 200);
@@ -164,8 +134,8 @@ fn hundreds_of_requests_sleep_in_one_worker_at_the_same_time() {
     let python = green_or_skip!();
     let server = green(&python, &[]);
     let begun = Instant::now();
-    let streams: Vec<TcpStream> = (0..500).map(|_| begin(&server, "/sleep?1")).collect();
-    let pids: HashSet<String> = streams.into_iter().map(|stream| end(stream).text().to_owned()).collect();
+    let streams: Vec<Begun> = (0..500).map(|_| begin(&server, "/sleep?1")).collect();
+    let pids: HashSet<String> = streams.into_iter().map(|stream| stream.answer().text().to_owned()).collect();
     assert_eq!(pids.len(), 1);
     // One after the other would take 500 seconds.
     assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
@@ -179,7 +149,7 @@ fn answers_come_in_the_order_in_which_they_are_ready() {
     wait_for_waiting(&server, 20);
     for number in (0..20).rev() {
         server.get(&format!("/open?{number}"));
-        let answer = end(streams[number].take().expect("still there"));
+        let answer = streams[number].take().expect("still there").answer();
         assert_eq!(answer.text(), number.to_string());
     }
 }
@@ -187,42 +157,13 @@ fn answers_come_in_the_order_in_which_they_are_ready() {
 #[test]
 fn pipelined_requests_are_answered_in_their_order() {
     let python = green_or_skip!();
-    let server = green(&python, &["--workers", "2"]);
-    thread::scope(|scope| {
-        for client in 0..8 {
-            let server = &server;
-            scope.spawn(move || {
-                let mut stream = server.connect();
-                let mut reader = BufReader::new(stream.try_clone().expect("a descriptor"));
-                for round in 0..20 {
-                    let bodies: Vec<String> = (0..5).map(|at| format!("{client}.{round}.{at}{}", "x".repeat(at * 700))).collect();
-                    let one = |body: &String| format!("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-                    stream.write_all(bodies.iter().map(one).collect::<String>().as_bytes()).expect("sent");
-                    for body in &bodies {
-                        let mut line = String::new();
-                        while line != "\r\n" {
-                            line.clear();
-                            reader.read_line(&mut line).expect("a line of the head");
-                        }
-                        let mut answered = vec![0; body.len()];
-                        reader.read_exact(&mut answered).expect("a body");
-                        assert!(answered == body.as_bytes(), "{body} was answered {}", String::from_utf8_lossy(&answered));
-                    }
-                }
-            });
-        }
-    });
+    support::answers_pipelined_requests_in_their_order(&green(&python, &["--workers", "2"]), 20);
 }
 
 #[test]
 fn an_error_of_the_application_is_a_500_with_its_traceback_in_the_log() {
     let python = green_or_skip!();
-    let server = green(&python, &[]);
-    assert_eq!(server.get("/fail").status, 500);
-    server.log.wait_for("RuntimeError: this application fails");
-    let broken = server.get("/break");
-    assert_eq!((broken.status, broken.text(), broken.whole), (200, "the beginning", false));
-    assert_eq!(server.get("/").status, 200);
+    support::answers_errors_with_500_and_logs_them(&green(&python, &[]));
 }
 
 #[test]
@@ -236,7 +177,7 @@ fn flask_runs_on_greenlets() {
                 let mut stream = server.connect();
                 let head = format!("GET /hi/a{client} HTTP/1.1\r\nHost: a\r\nX-From: b{client}\r\nConnection: close\r\n\r\n");
                 stream.write_all(head.as_bytes()).expect("sent");
-                assert_eq!(end(stream).text(), format!("hi a{client} of b{client}"));
+                assert_eq!(Begun(stream).answer().text(), format!("hi a{client} of b{client}"));
                 let expected: String = (0..5).map(|number| format!("{number} m{client}\n")).collect();
                 assert_eq!(server.get(&format!("/stream?mark=m{client}")).text(), expected);
             });
@@ -249,7 +190,7 @@ fn flask_runs_on_greenlets() {
     let head = "POST /upload HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: multipart/form-data; boundary=B\r\n";
     stream.write_all(format!("{head}Content-Length: {}\r\n\r\n", form.len()).as_bytes()).expect("sent");
     stream.write_all(&form).expect("sent");
-    assert_eq!(end(stream).text(), "3000000");
+    assert_eq!(Begun(stream).answer().text(), "3000000");
     assert_eq!(server.get("/nowhere").status, 404);
 }
 
@@ -261,9 +202,9 @@ fn events_reach_three_hundred_clients_at_the_same_time() {
     for backend in ["auto", "epoll"] {
         let server = green(&python, &["--backend", backend]);
         let begun = Instant::now();
-        let streams: Vec<TcpStream> = (0..300).map(|_| begin(&server, "/ticks?20")).collect();
+        let streams: Vec<Begun> = (0..300).map(|_| begin(&server, "/ticks?20")).collect();
         for stream in streams {
-            let answer = end(stream);
+            let answer = stream.answer();
             let events: String = (0..20).map(|number| format!("data: {number}\n\n")).collect();
             assert!(answer.whole && answer.text() == events, "{answer:?}");
         }
@@ -277,18 +218,17 @@ fn clients_that_do_not_read_hold_nobody() {
     let python = green_or_skip!();
     // Little room in the spool, so that the worker's streams come to a stop.
     let server = green(&python, &["--limit-response-spool", "1000000"]);
-    let mut stuck: Vec<TcpStream> = (0..10).map(|_| begin(&server, "/bulk?400")).collect();
+    let mut stuck: Vec<Begun> = (0..10).map(|_| begin(&server, "/bulk?400")).collect();
     for stream in &mut stuck {
-        stream.read_exact(&mut [0; 100]).expect("a beginning");
+        stream.wait_for(100);
     }
     for _ in 0..50 {
         assert_eq!(server.get("/").status, 200);
     }
     let other = server.get("/bulk?100");
     assert_eq!((other.body.len(), other.whole), (6_553_600, true));
-    for mut stream in stuck {
-        let mut bytes = Vec::new();
-        stream.read_to_end(&mut bytes).expect("the rest");
+    for stream in stuck {
+        let bytes = stream.rest();
         assert!(bytes.len() > 26_214_400 && bytes.ends_with(b"0\r\n\r\n"), "{} bytes", bytes.len());
     }
 }
@@ -301,14 +241,14 @@ fn a_stream_ends_when_its_client_is_gone_and_the_others_go_on() {
     let path = |name: &str| directory.path().join(name);
     let begin = |name: &str| {
         let mut stream = begin(&server, &format!("/endless?{}", path(name).display()));
-        stream.read_exact(&mut [0; 20]).expect("a beginning");
+        stream.wait_for(20);
         stream
     };
     let (stays, leaves) = (begin("stays"), begin("leaves"));
-    leave(leaves);
+    leaves.leave();
     wait_until("its generator is closed", || path("leaves").exists());
     assert!(!path("stays").exists());
-    leave(stays);
+    stays.leave();
     wait_until("the other one is, too", || path("stays").exists());
     assert!(!server.log.text().contains("Traceback"), "{}", server.log.text());
 }
@@ -331,16 +271,16 @@ fn an_application_can_see_that_its_client_is_gone() {
     let server = green(&python, &[]);
     let directory = tempfile::tempdir().expect("a directory");
     let paths: Vec<PathBuf> = (0..3).map(|number| directory.path().join(number.to_string())).collect();
-    let mut streams: Vec<TcpStream> = paths.iter().map(|path| begin(&server, &format!("/gone?{}", path.display()))).collect();
+    let mut streams: Vec<Begun> = paths.iter().map(|path| begin(&server, &format!("/gone?{}", path.display()))).collect();
     let waiting = begin(&server, "/wait?x");
     wait_for_waiting(&server, 1);
-    leave(streams.remove(1));
+    streams.remove(1).leave();
     wait_until("the application has noticed", || paths[1].exists());
     assert!(!paths[0].exists() && !paths[2].exists(), "each has its own client");
-    streams.into_iter().for_each(leave);
+    streams.into_iter().for_each(Begun::leave);
     wait_until("and so have the others", || paths[0].exists() && paths[2].exists());
     server.get("/open?x");
-    assert_eq!(end(waiting).text(), "x");
+    assert_eq!(waiting.answer().text(), "x");
 }
 
 #[test]
@@ -350,12 +290,11 @@ fn a_request_whose_client_left_while_it_waited_is_never_started() {
     let directory = tempfile::tempdir().expect("a directory");
     let marks = directory.path().join("marks");
     let mut busy = begin(&server, "/ticks?15");
-    busy.read_exact(&mut [0; 20]).expect("it has begun");
+    busy.wait_for(20);
     let leaving = begin(&server, &format!("/mark?{}", marks.display()));
-    leaving.shutdown(Shutdown::Both).expect("left");
-    leave(leaving);
-    let mut rest = Vec::new();
-    busy.read_to_end(&mut rest).expect("the rest");
+    leaving.0.shutdown(Shutdown::Both).expect("left");
+    leaving.leave();
+    let rest = busy.rest();
     assert!(rest.ends_with(b"data: 14\n\n\r\n0\r\n\r\n"));
     assert_eq!(server.get("/").status, 200);
     assert!(!marks.exists(), "nobody was there to want it");
@@ -368,8 +307,8 @@ fn no_more_requests_run_at_a_time_than_was_said() {
     let python = green_or_skip!();
     let server = green(&python, &["--greenlets", "3"]);
     let begun = Instant::now();
-    let streams: Vec<TcpStream> = (0..9).map(|_| begin(&server, "/sleep?0.5")).collect();
-    assert!(streams.into_iter().all(|stream| end(stream).status == 200));
+    let streams: Vec<Begun> = (0..9).map(|_| begin(&server, "/sleep?0.5")).collect();
+    assert!(streams.into_iter().all(|stream| stream.answer().status == 200));
     assert!(begun.elapsed() >= Duration::from_millis(1_500), "{:?}", begun.elapsed());
 }
 
@@ -377,10 +316,10 @@ fn no_more_requests_run_at_a_time_than_was_said() {
 fn requests_are_spread_over_the_workers() {
     let python = green_or_skip!();
     let server = green(&python, &["--workers", "4", "--cores", "1"]);
-    let streams: Vec<TcpStream> = (0..40).map(|_| begin(&server, "/sleep?1")).collect();
+    let streams: Vec<Begun> = (0..40).map(|_| begin(&server, "/sleep?1")).collect();
     let mut served = std::collections::HashMap::<String, usize>::new();
     for stream in streams {
-        *served.entry(end(stream).text().to_owned()).or_default() += 1;
+        *served.entry(stream.answer().text().to_owned()).or_default() += 1;
     }
     assert_eq!(served.len(), 4, "{served:?}");
     assert!(served.values().all(|count| (5..=15).contains(count)), "{served:?}");
@@ -401,7 +340,7 @@ fn a_worker_that_computes_is_given_nothing_while_another_one_is_free() {
         let pids: HashSet<i32> = (0..50).map(|_| server.pid()).collect();
         fs::write(enough, "").expect("a file");
         assert_eq!(pids.len(), 1);
-        assert!(!pids.contains(&end(spinning).text().parse().expect("a number")), "only the other worker serves");
+        assert!(!pids.contains(&spinning.answer().text().parse().expect("a number")), "only the other worker serves");
     }
 }
 
@@ -410,16 +349,15 @@ fn an_overdue_request_is_ended_alone() {
     let python = green_or_skip!();
     let server = green(&python, &["--timeout", "4"]);
     let pid = server.pid();
-    let overdue: Vec<TcpStream> = (0..5).map(|number| begin(&server, &format!("/wait?{number}"))).collect();
+    let overdue: Vec<Begun> = (0..5).map(|number| begin(&server, &format!("/wait?{number}"))).collect();
     let mut ticks = begin(&server, "/ticks?60");
-    ticks.read_exact(&mut [0; 20]).expect("it has begun");
+    ticks.wait_for(20);
     for stream in overdue {
-        assert_eq!(end(stream).status, 504);
+        assert_eq!(stream.answer().status, 504);
     }
     server.log.wait_for("Overdue: the request takes longer than --timeout");
     server.log.wait_for("in act_wait");
-    let mut rest = Vec::new();
-    ticks.read_to_end(&mut rest).expect("the rest");
+    let rest = ticks.rest();
     assert!(rest.ends_with(b"0\r\n\r\n"), "the stream went on to its end");
     assert_eq!(server.pid(), pid);
     assert!(!server.log.text().contains("is replaced"), "{}", server.log.text());
@@ -428,9 +366,7 @@ fn an_overdue_request_is_ended_alone() {
 #[test]
 fn a_deadline_can_be_moved_by_the_application() {
     let python = green_or_skip!();
-    let server = green(&python, &["--timeout", "1"]);
-    let answer = server.get("/extend?2");
-    assert_eq!((answer.status, answer.text()), (200, "in time after all"));
+    support::lets_a_request_move_its_deadline(&green(&python, &["--timeout", "1"]));
 }
 
 #[test]
@@ -446,12 +382,7 @@ fn what_a_request_left_running_may_still_speak_of_it() {
 #[test]
 fn a_stopped_worker_is_replaced_at_its_deadline() {
     let python = green_or_skip!();
-    let server = green(&python, &["--timeout", "1"]);
-    let pid = server.pid();
-    kill(pid, libc::SIGSTOP);
-    assert_eq!(server.get("/").status, 504);
-    assert_eq!(server.get("/").status, 200);
-    wait_until("the stopped worker is gone", || !is_alive(pid));
+    support::replaces_a_stopped_worker(&green(&python, &["--timeout", "1"]));
 }
 
 #[test]
@@ -461,18 +392,7 @@ fn a_request_that_will_not_end_costs_its_place_until_the_worker_is_replaced_in_o
     let pid = server.pid();
     assert_eq!(server.get("/stubborn").status, 504);
     wait_until("it was told to end", || server.get("/seen").text() == "Overdue");
-    let (served, stop) = (AtomicBool::new(true), AtomicBool::new(false));
-    thread::scope(|scope| {
-        let (server, served, stop) = (&server, &served, &stop);
-        scope.spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                served.fetch_and(server.get("/").status == 200, Ordering::Relaxed);
-            }
-        });
-        wait_until("another worker serves", || server.pid() != pid);
-        stop.store(true, Ordering::Relaxed);
-    });
-    assert!(served.load(Ordering::Relaxed), "nobody noticed");
+    under_load(&server, "/", || wait_until("another worker serves", || server.pid() != pid));
     wait_until("the old one is gone", || !is_alive(pid));
 }
 
@@ -483,13 +403,13 @@ fn a_request_that_lets_nobody_else_run_costs_its_worker() {
     let spinning = begin(&server, "/spin?60");
     thread::sleep(Duration::from_millis(200));
     let pid = server.pid();
-    assert_eq!(end(spinning).status, 504);
+    assert_eq!(spinning.answer().status, 504);
     server.log.wait_for("in act_spin");
     server.log.wait_for("gives no other request its turn");
     assert!(is_alive(pid), "the other worker is still there");
     wait_until("two workers serve", || {
-        let streams: Vec<TcpStream> = (0..8).map(|_| begin(&server, "/sleep?0.3")).collect();
-        let pids: HashSet<String> = streams.into_iter().map(|stream| end(stream).text().to_owned()).collect();
+        let streams: Vec<Begun> = (0..8).map(|_| begin(&server, "/sleep?0.3")).collect();
+        let pids: HashSet<String> = streams.into_iter().map(|stream| stream.answer().text().to_owned()).collect();
         pids.len() == 2
     });
 }
@@ -503,14 +423,10 @@ fn requests_in_a_worker_that_is_killed_are_repeated_only_when_that_is_safe() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("once");
     let before = server.pid();
-    let gets: Vec<TcpStream> = (0..10).map(|number| begin(&server, &format!("/wait?get{number}"))).collect();
-    let mut posts: Vec<TcpStream> = (0..3).map(|_| server.connect()).collect();
-    for (number, post) in posts.iter_mut().enumerate() {
-        let head = format!("POST /wait?{number} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 1\r\n\r\nx");
-        post.write_all(head.as_bytes()).expect("sent");
-    }
+    let gets: Vec<Begun> = (0..10).map(|number| begin(&server, &format!("/wait?get{number}"))).collect();
+    let posts: Vec<Begun> = (0..3).map(|number| server.begin("POST", &format!("/wait?{number}"), None)).collect();
     let mut stream = begin(&server, "/ticks?1000");
-    stream.read_exact(&mut [0; 20]).expect("it has begun");
+    stream.wait_for(20);
     wait_for_waiting(&server, 13);
     fs::write(&file, "").expect("a file");
     assert_eq!(server.get(&format!("/die?{}", file.display())).text(), "alive", "repeated itself");
@@ -518,13 +434,13 @@ fn requests_in_a_worker_that_is_killed_are_repeated_only_when_that_is_safe() {
     assert_ne!(server.pid(), before);
     for (number, get) in gets.into_iter().enumerate() {
         server.get(&format!("/open?get{number}"));
-        assert_eq!(end(get).text(), format!("get{number}"));
+        assert_eq!(get.answer().text(), format!("get{number}"));
     }
     for post in posts {
-        assert_eq!(end(post).status, 502);
+        assert_eq!(post.answer().status, 502);
     }
     let mut rest = Vec::new();
-    let _ = stream.read_to_end(&mut rest);
+    let _ = stream.0.read_to_end(&mut rest);
     assert!(!rest.ends_with(b"0\r\n\r\n"), "the end is missing, and the client can tell");
     assert_eq!(server.get("/crash").status, 502, "once again, and no more");
     assert_eq!(server.get("/").status, 200);
@@ -533,13 +449,7 @@ fn requests_in_a_worker_that_is_killed_are_repeated_only_when_that_is_safe() {
 #[test]
 fn a_worker_killed_while_it_is_idle_costs_no_request() {
     let python = green_or_skip!();
-    let server = green(&python, &[]);
-    for _ in 0..5 {
-        let pid = server.pid();
-        kill(pid, libc::SIGKILL);
-        assert_eq!(server.ask("POST", "/echo", b"x").status, 200);
-        assert_ne!(server.pid(), pid);
-    }
+    support::loses_no_request_with_an_idle_worker(&green(&python, &[]));
 }
 
 #[test]
@@ -547,33 +457,20 @@ fn requests_outlive_the_workers_that_are_killed_or_ended_meanwhile() {
     let python = green_or_skip!();
     let server = green(&python, &["--workers", "2", "--cores", "all"]);
     for signal in [libc::SIGKILL, libc::SIGTERM] {
-        let stop = AtomicBool::new(false);
-        thread::scope(|scope| {
-            let clients: Vec<_> = (0..8)
-                .map(|client| {
-                    let (server, stop) = (&server, &stop);
-                    scope.spawn(move || {
-                        let mut answers = 0;
-                        while !stop.load(Ordering::Relaxed) {
-                            // Ended in order, a worker gives back what it has not begun: a POST, too.
-                            let quick = client % 2 == 0;
-                            let method = if signal == libc::SIGTERM && quick { "POST" } else { "GET" };
-                            let answer = server.ask(method, if quick { "/pid" } else { "/sleep?0.05" }, b"");
-                            assert_eq!(answer.status, 200, "{method} {answer:?}");
-                            answers += 1;
-                        }
-                        answers
-                    })
-                })
-                .collect();
+        let ask = |client: usize| {
+            // Ended in order, a worker gives back what it has not begun: a POST, too.
+            let quick = client.is_multiple_of(2);
+            let method = if signal == libc::SIGTERM && quick { "POST" } else { "GET" };
+            let answer = server.ask(method, if quick { "/pid" } else { "/sleep?0.05" }, b"");
+            assert_eq!(answer.status, 200, "{method} {answer:?}");
+        };
+        let (answers, ()) = keep_asking(8, ask, || {
             for _ in 0..6 {
                 thread::sleep(Duration::from_millis(400));
                 kill(server.pid(), signal);
             }
-            stop.store(true, Ordering::Relaxed);
-            let answers: usize = clients.into_iter().map(|client| client.join().expect("a client that was always answered")).sum();
-            assert!(answers > 50, "{answers}");
         });
+        assert!(answers > 50, "{answers}");
     }
 }
 
@@ -583,11 +480,10 @@ fn a_worker_that_is_told_to_end_finishes_what_it_has_while_another_one_serves() 
     let server = green(&python, &[]);
     let pid = server.pid();
     let mut ticks = begin(&server, "/ticks?30");
-    ticks.read_exact(&mut [0; 20]).expect("it has begun");
+    ticks.wait_for(20);
     kill(pid, libc::SIGTERM);
     wait_until("another one serves", || server.pid() != pid);
-    let mut rest = Vec::new();
-    ticks.read_to_end(&mut rest).expect("the rest");
+    let rest = ticks.rest();
     assert!(String::from_utf8_lossy(&rest).contains("data: 29\n") && rest.ends_with(b"0\r\n\r\n"));
     wait_until("then it ends", || !is_alive(pid));
 }
@@ -596,28 +492,16 @@ fn a_worker_that_is_told_to_end_finishes_what_it_has_while_another_one_serves() 
 fn recycling_costs_no_request_and_no_stream() {
     let python = green_or_skip!();
     let server = green(&python, &["--workers", "2", "--max-requests", "50", "--max-requests-jitter", "20"]);
-    let pids = Mutex::new(HashSet::new());
-    let until = Instant::now() + 3 * PATIENCE;
-    thread::scope(|scope| {
-        for client in 0..6 {
-            let (server, pids) = (&server, &pids);
-            scope.spawn(move || {
-                // POST, because a lost GET would be repeated in silence.
-                while pids.lock().expect("no panic").len() < 8 && Instant::now() < until {
-                    if client == 0 {
-                        assert!(server.get("/ticks?10").whole);
-                        continue;
-                    }
-                    let answer = server.ask("POST", "/sleep?0.005", b"x");
-                    assert_eq!(answer.status, 200);
-                    pids.lock().expect("no panic").insert(answer.text().to_owned());
-                }
-            });
+    support::is_served_by_eight_workers_in_turn(6, |client| {
+        if client == 0 {
+            assert!(server.get("/ticks?10").whole);
+            return None;
         }
+        // POST, because a lost GET would be repeated in silence.
+        let answer = server.ask("POST", "/sleep?0.005", b"x");
+        assert_eq!(answer.status, 200);
+        Some(answer.text().to_owned())
     });
-    let pids = pids.into_inner().expect("no panic");
-    assert!(pids.len() >= 8, "{pids:?}");
-    wait_until("the old workers have ended", || pids.iter().filter(|pid| is_alive(pid.parse().expect("a number"))).count() <= 2);
 }
 
 #[test]
@@ -630,8 +514,8 @@ fn an_exit_in_a_request_is_a_500_and_a_new_worker_and_others_are_finished() {
     wait_for_waiting(&server, 1);
     assert_eq!(server.get("/exit").status, 500);
     assert_eq!(server.get("/").status, 200);
-    assert_eq!(end(other).text(), pid.to_string());
-    leave(waits);
+    assert_eq!(other.answer().text(), pid.to_string());
+    waits.leave();
     assert_ne!(server.pid(), pid);
 }
 
@@ -641,12 +525,8 @@ fn a_drain_lets_requests_and_streams_finish() {
     let mut server = green(&python, &[]);
     let sleeping = begin(&server, "/sleep?1");
     let mut ticks = begin(&server, "/ticks?15");
-    ticks.read_exact(&mut [0; 20]).expect("it has begun");
-    let reading = thread::spawn(move || {
-        let mut rest = Vec::new();
-        ticks.read_to_end(&mut rest).expect("the rest");
-        (end(sleeping), rest)
-    });
+    ticks.wait_for(20);
+    let reading = thread::spawn(move || (sleeping.answer(), ticks.rest()));
     assert_eq!(server.stop(), Some(0));
     let (slept, ticks) = reading.join().expect("answers");
     assert_eq!(slept.status, 200);
@@ -658,14 +538,14 @@ fn workers_come_and_go_by_signal_with_requests_in_them() {
     let python = green_or_skip!();
     let server = green(&python, &[]);
     server.signal(libc::SIGTTIN);
-    let serve = |seconds: &str| -> Vec<TcpStream> { (0..10).map(|_| begin(&server, &format!("/sleep?{seconds}"))).collect() };
-    let workers = |streams: Vec<TcpStream>| streams.into_iter().map(|stream| end(stream).text().to_owned()).collect::<HashSet<_>>().len();
+    let serve = |seconds: &str| -> Vec<Begun> { (0..10).map(|_| begin(&server, &format!("/sleep?{seconds}"))).collect() };
+    let workers = |streams: Vec<Begun>| streams.into_iter().map(|stream| stream.answer().text().to_owned()).collect::<HashSet<_>>().len();
     wait_until("two workers serve", || workers(serve("0.1")) == 2);
-    let mut streams: Vec<(TcpStream, Vec<u8>)> = (0..10).map(|_| (begin(&server, "/ticks?20"), vec![0; 200])).collect();
-    streams.iter_mut().for_each(|(stream, bytes)| stream.read_exact(bytes).expect("it has begun"));
+    let mut streams: Vec<(Begun, Vec<u8>)> = (0..10).map(|_| (begin(&server, "/ticks?20"), vec![0; 200])).collect();
+    streams.iter_mut().for_each(|(stream, bytes)| stream.0.read_exact(bytes).expect("it has begun"));
     server.signal(libc::SIGTTOU);
-    let finish = |(mut stream, mut bytes): (TcpStream, Vec<u8>)| {
-        stream.read_to_end(&mut bytes).expect("the rest");
+    let finish = |(stream, mut bytes): (Begun, Vec<u8>)| {
+        bytes.extend(stream.rest());
         let answer = Answer::parse(&bytes);
         assert!(answer.whole && answer.text().ends_with("data: 19\n\n"), "{answer:?}");
         answer.header("X-Pid").expect("a number").to_owned()
@@ -680,8 +560,8 @@ fn workers_come_and_go_by_signal_with_requests_in_them() {
 fn a_preloaded_application_is_forked_and_not_loaded_again() {
     let python = green_or_skip!();
     let server = green(&python, &["--preload", "--workers", "2"]);
-    let streams: Vec<TcpStream> = (0..50).map(|_| begin(&server, "/sleep?0.5")).collect();
-    assert!(streams.into_iter().all(|stream| end(stream).status == 200));
+    let streams: Vec<Begun> = (0..50).map(|_| begin(&server, "/sleep?0.5")).collect();
+    assert!(streams.into_iter().all(|stream| stream.answer().status == 200));
     kill(server.pid(), libc::SIGKILL);
     assert_eq!(server.get("/").status, 200);
     assert!(!server.log.text().contains("not preloaded"), "{}", server.log.text());

@@ -10,16 +10,15 @@ mod support;
 use std::{
     collections::HashSet,
     fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     net::{Shutdown, TcpStream},
     path::Path,
     process::Stdio,
-    sync::Mutex,
     thread,
     time::{Duration, Instant},
 };
 
-use support::{Answer, PATIENCE, Server, apps, children_of_children, command, first_answer, is_alive, kill, python, wait_until};
+use support::{Answer, Begun, Server, apps, children_of_children, command, first_answer, is_alive, kill, python, wait_until};
 
 // ---------------------------------------------------------------------------------- answers
 
@@ -27,22 +26,15 @@ use support::{Answer, PATIENCE, Server, apps, children_of_children, command, fir
 fn an_application_is_served_and_the_start_up_line_names_it() {
     let python = python_or_skip!();
     let server = Server::behave(&python, &["--workers", "2"]);
-    assert!(server.log.text().contains("2 workers, app behave:app (wsgi)\n"), "{}", server.log.text());
-    let answer = server.get("/");
-    assert_eq!((answer.status, answer.text(), answer.header("Content-Length")), (200, "hello\n", Some("6")));
-    assert_eq!(answer.header("Content-Type"), Some("text/plain"));
+    support::is_served(&server, "2 workers, app behave:app (wsgi)\n");
+    assert_eq!(server.get("/").header("Content-Type"), Some("text/plain"));
 }
 
 #[test]
 fn bodies_arrive_in_memory_and_as_files() {
     let python = python_or_skip!();
     let server = Server::behave(&python, &[]);
-    for length in [1, 100, 65_536, 65_537, 300_000, 3_000_000] {
-        let body: Vec<u8> = (0..length).map(|at: u32| ((at * 7) >> 3) as u8).collect();
-        let answer = server.ask("POST", "/echo", &body);
-        assert_eq!((answer.status, answer.header("X-Length")), (200, Some(&*length.to_string())));
-        assert!(answer.body == body && answer.whole, "{length} bytes");
-    }
+    support::echoes_bodies_of(&server, &[1, 100, 65_536, 65_537, 300_000, 3_000_000]);
     let mut stream = server.connect();
     stream
         .write_all(b"POST /echo HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
@@ -60,61 +52,22 @@ fn streamed_large_and_file_answers_arrive_whole() {
     let streamed = server.get("/stream?50000");
     assert_eq!((streamed.body.len(), streamed.whole), (350_000, true));
     assert!(streamed.text().ends_with("049999\n"));
-    for length in [0, 100_000, 5_000_000] {
-        let large = server.get(&format!("/large?{length}"));
-        assert_eq!((large.body.len(), large.whole, large.header("Transfer-Encoding")), (length, true, None));
-    }
+    support::makes_bodies_of(&server, &[0, 7, 100_000, 5_000_000]);
     let file = server.get("/file");
     assert_eq!(file.body, fs::read(apps().join("behave.py")).expect("the file"));
-    let head = server.ask("HEAD", "/large?7", b"");
-    assert_eq!((head.status, head.header("Content-Length"), head.body.len()), (200, Some("7"), 0));
 }
 
 #[test]
 fn many_requests_on_many_connections_are_answered_in_their_order() {
     let python = python_or_skip!();
     let server = Server::behave(&python, &["--cores", "all", "--workers", "2"]);
-    thread::scope(|scope| {
-        for client in 0..8 {
-            let server = &server;
-            scope.spawn(move || {
-                let mut stream = server.connect();
-                let mut reader = BufReader::new(stream.try_clone().expect("a descriptor"));
-                for round in 0..40 {
-                    // Pipelined, in several sizes, some with bodies.
-                    let bodies: Vec<String> = (0..5).map(|at| format!("{client}.{round}.{at}{}", "x".repeat(at * 700))).collect();
-                    let requests: Vec<String> = bodies
-                        .iter()
-                        .map(|body| format!("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len()))
-                        .collect();
-                    stream.write_all(requests.concat().as_bytes()).expect("sent");
-                    for body in &bodies {
-                        let mut line = String::new();
-                        reader.read_line(&mut line).expect("a status line");
-                        assert_eq!(line, "HTTP/1.1 200 OK\r\n");
-                        while line != "\r\n" {
-                            line.clear();
-                            reader.read_line(&mut line).expect("a field");
-                        }
-                        let mut answered = vec![0; body.len()];
-                        reader.read_exact(&mut answered).expect("a body");
-                        assert!(answered == body.as_bytes(), "{body} was answered {}", String::from_utf8_lossy(&answered));
-                    }
-                }
-            });
-        }
-    });
+    support::answers_pipelined_requests_in_their_order(&server, 40);
 }
 
 #[test]
 fn an_error_of_the_application_is_a_500_with_its_traceback_in_the_log() {
     let python = python_or_skip!();
-    let server = Server::behave(&python, &[]);
-    assert_eq!(server.get("/fail").status, 500);
-    server.log.wait_for("RuntimeError: this application fails");
-    let broken = server.get("/break");
-    assert_eq!((broken.status, broken.text(), broken.whole), (200, "the beginning", false));
-    assert_eq!(server.get("/").status, 200);
+    support::answers_errors_with_500_and_logs_them(&Server::behave(&python, &[]));
 }
 
 #[test]
@@ -156,19 +109,11 @@ fn the_http_cases_reach_an_application_as_they_reach_a_native_handler() {
 fn a_client_that_reads_slowly_does_not_hold_a_worker() {
     let python = python_or_skip!();
     let server = Server::behave(&python, &[]);
-    let mut slow: Vec<TcpStream> = (0..4)
-        .map(|_| {
-            let mut stream = server.connect();
-            stream.write_all(b"GET /bulk?2000 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").expect("sent");
-            stream
-        })
-        .collect();
+    let slow: Vec<Begun> = (0..4).map(|_| server.begin("GET", "/bulk?2000", None)).collect();
     // 14 MB each, of which nothing has been read: the only worker is free all the same.
     assert_eq!(server.get("/").status, 200);
-    for stream in &mut slow {
-        let mut bytes = Vec::new();
-        stream.read_to_end(&mut bytes).expect("all of it");
-        let answer = Answer::parse(&bytes);
+    for begun in slow {
+        let answer = begun.answer();
         assert_eq!((answer.body.len(), answer.whole), (14_000_000, true));
     }
 }
@@ -179,17 +124,12 @@ fn a_request_whose_client_left_while_it_waited_is_never_started() {
     let server = Server::behave(&python, &[]);
     let directory = tempfile::tempdir().expect("a directory");
     let marks = directory.path().join("marks");
-    let mut busy = server.connect();
-    busy.write_all(b"GET /sleep?1 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").expect("sent");
+    let busy = server.begin("GET", "/sleep?1", None);
     thread::sleep(Duration::from_millis(300));
-    let mut leaving = server.connect();
-    let target = format!("GET /mark?{} HTTP/1.1\r\nHost: a\r\n\r\n", marks.display());
-    leaving.write_all(target.as_bytes()).expect("sent");
-    leaving.shutdown(Shutdown::Both).expect("left");
+    let leaving = server.begin("GET", &format!("/mark?{}", marks.display()), None);
+    leaving.0.shutdown(Shutdown::Both).expect("left");
     drop(leaving);
-    let mut bytes = Vec::new();
-    busy.read_to_end(&mut bytes).expect("an answer");
-    assert_eq!(Answer::parse(&bytes).text(), "slept");
+    assert_eq!(busy.answer().text(), "slept");
     assert_eq!(server.get("/").status, 200);
     assert!(!marks.exists(), "nobody was there to want it");
 }
@@ -200,12 +140,9 @@ fn an_application_can_see_that_its_client_is_gone() {
     let server = Server::behave(&python, &[]);
     let directory = tempfile::tempdir().expect("a directory");
     let marks = directory.path().join("marks");
-    let mut leaving = server.connect();
-    leaving.write_all(format!("GET /gone?{} HTTP/1.1\r\nHost: a\r\n\r\n", marks.display()).as_bytes()).expect("sent");
+    let leaving = server.begin("GET", &format!("/gone?{}", marks.display()), None);
     thread::sleep(Duration::from_millis(300));
-    // With a RST, which is no half-closed connection.
-    socket2::SockRef::from(&leaving).set_linger(Some(Duration::ZERO)).expect("an option");
-    drop(leaving);
+    leaving.leave();
     wait_until("the application has noticed", || marks.exists());
 }
 
@@ -285,24 +222,13 @@ fn an_application_can_be_the_result_of_a_factory() {
 fn recycling_costs_no_request() {
     let python = python_or_skip!();
     let server = Server::behave(&python, &["--workers", "2", "--max-requests", "20", "--max-requests-jitter", "10"]);
-    let pids = Mutex::new(HashSet::new());
-    let until = Instant::now() + PATIENCE;
-    thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                // POST, because a lost GET would be repeated in silence.
-                while pids.lock().expect("no panic").len() < 8 && Instant::now() < until {
-                    let answer = server.ask("POST", "/pid", b"x");
-                    assert_eq!(answer.status, 200);
-                    pids.lock().expect("no panic").insert(answer.text().to_owned());
-                }
-            });
-        }
-    });
-    let pids = pids.into_inner().expect("no panic");
-    assert!(pids.len() >= 8, "{pids:?}");
     let before = server.descriptors();
-    wait_until("the old workers have ended", || pids.iter().filter(|pid| is_alive(pid.parse().expect("a number"))).count() <= 2);
+    support::is_served_by_eight_workers_in_turn(4, |_| {
+        // POST, because a lost GET would be repeated in silence.
+        let answer = server.ask("POST", "/pid", b"x");
+        assert_eq!(answer.status, 200);
+        Some(answer.text().to_owned())
+    });
     wait_until("their descriptors are closed", || server.descriptors() <= before);
 }
 
@@ -335,13 +261,10 @@ fn signals_make_one_worker_more_and_one_less() {
 fn a_drain_lets_requests_in_workers_finish() {
     let python = python_or_skip!();
     let server = Server::behave(&python, &[]);
-    let mut stream = server.connect();
-    stream.write_all(b"GET /sleep?1 HTTP/1.1\r\nHost: a\r\n\r\n").expect("sent");
+    let begun = server.begin("GET", "/sleep?1", None);
     thread::sleep(Duration::from_millis(300));
     server.signal(libc::SIGTERM);
-    let mut bytes = Vec::new();
-    stream.read_to_end(&mut bytes).expect("an answer");
-    assert_eq!(Answer::parse(&bytes).text(), "slept");
+    assert_eq!(begun.answer().text(), "slept");
 }
 
 #[test]

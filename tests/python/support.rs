@@ -6,12 +6,16 @@
 #![allow(dead_code)]
 
 use std::{
+    collections::HashSet,
     env, fs,
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -171,12 +175,14 @@ impl Server {
         kill(self.child.id().cast_signed(), signal);
     }
 
-    /// Sends a request, whose answer is read later. Once it runs, there is a file at `mark`.
+    /// Sends a request, with a body of one byte unless it is a GET, whose answer is read later. Once it runs, there is a file
+    /// at `mark`.
     pub fn begin(&self, method: &str, target: &str, mark: Option<&Path>) -> Begun {
         let mut stream = self.connect();
         let mark = mark.map_or_else(String::new, |mark| format!("X-Mark: {}\r\n", mark.display()));
-        let head = format!("{method} {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 1\r\n{mark}\r\nx");
-        stream.write_all(head.as_bytes()).expect("sent");
+        let (length, body) = if method == "GET" { ("", "") } else { ("Content-Length: 1\r\n", "x") };
+        let request = format!("{method} {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{length}{mark}\r\n{body}");
+        stream.write_all(request.as_bytes()).expect("sent");
         Begun(stream)
     }
 
@@ -211,10 +217,25 @@ impl Drop for Server {
 pub struct Begun(pub TcpStream);
 
 impl Begun {
-    pub fn answer(mut self) -> Answer {
+    pub fn answer(self) -> Answer {
+        Answer::parse(&self.rest())
+    }
+
+    /// Waits for so many bytes of its answer.
+    pub fn wait_for(&mut self, bytes: usize) {
+        self.0.read_exact(&mut vec![0; bytes]).expect("it has begun");
+    }
+
+    /// What there is to read until its end.
+    pub fn rest(mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
         self.0.read_to_end(&mut bytes).expect("an answer");
-        Answer::parse(&bytes)
+        bytes
+    }
+
+    /// Ends the connection with a RST, which is no half-closed one.
+    pub fn leave(self) {
+        socket2::SockRef::from(&self.0).set_linger(Some(Duration::ZERO)).expect("an option");
     }
 }
 
@@ -274,8 +295,12 @@ pub fn unchunk(mut bytes: &[u8]) -> (Vec<u8>, bool) {
     }
 }
 
-pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let until = Instant::now() + PATIENCE;
+pub fn wait_until(what: &str, holds: impl FnMut() -> bool) {
+    wait_until_within(PATIENCE, what, holds);
+}
+
+pub fn wait_until_within(patience: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let until = Instant::now() + patience;
     while !holds() {
         assert!(Instant::now() < until, "still not: {what}");
         thread::sleep(Duration::from_millis(10));
@@ -320,4 +345,142 @@ pub fn first_answer(stream: &mut TcpStream) -> Answer {
         }
         assert!(read > 0, "the connection ended after {bytes:?}");
     }
+}
+
+/// Keeps so many clients at `ask`, which is told which of them it is, while `body` runs; returns how often they were.
+pub fn keep_asking<T>(clients: usize, ask: impl Fn(usize) + Sync, body: impl FnOnce() -> T) -> (usize, T) {
+    let (stop, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let told = thread::scope(|scope| {
+        // Also when it fails: a scope waits for its threads.
+        let _stop = Raise(&stop);
+        for client in 0..clients {
+            let (stop, asked, ask) = (&stop, &asked, &ask);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    ask(client);
+                    asked.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        body()
+    });
+    (asked.into_inner(), told)
+}
+
+/// Keeps four clients asking while `body` runs. Every answer must be a 200; returns how many there were.
+pub fn under_load<T>(server: &Server, target: &str, body: impl FnOnce() -> T) -> (usize, T) {
+    let ask = |_| {
+        let answer = server.get(target);
+        assert_eq!(answer.status, 200, "{answer:?}; the log:\n{}", server.log.text());
+    };
+    keep_asking(4, ask, body)
+}
+
+/// Raises a flag when it goes out of scope.
+pub struct Raise<'a>(pub &'a AtomicBool);
+
+impl Drop for Raise<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+// ---------------------------------------------------------------------------------- what workers of every class do
+
+pub fn is_served(server: &Server, named: &str) {
+    assert!(server.log.text().contains(named), "{}", server.log.text());
+    let answer = server.get("/");
+    assert_eq!((answer.status, answer.text(), answer.header("Content-Length")), (200, "hello\n", Some("6")));
+}
+
+pub fn echoes_bodies_of(server: &Server, lengths: &[u32]) {
+    for length in lengths {
+        let body: Vec<u8> = (0..*length).map(|at| ((at * 7) >> 3) as u8).collect();
+        let answer = server.ask("POST", "/echo", &body);
+        assert_eq!((answer.status, answer.header("X-Length")), (200, Some(&*length.to_string())));
+        assert!(answer.body == body && answer.whole, "{length} bytes");
+    }
+}
+
+pub fn makes_bodies_of(server: &Server, lengths: &[usize]) {
+    for length in lengths {
+        let large = server.get(&format!("/large?{length}"));
+        assert_eq!((large.body.len(), large.whole, large.header("Transfer-Encoding")), (*length, true, None));
+        let head = server.ask("HEAD", &format!("/large?{length}"), b"");
+        assert_eq!((head.status, head.header("Content-Length"), head.body.len()), (200, Some(&*length.to_string()), 0));
+    }
+}
+
+/// Eight clients pipeline five requests at a time, in several sizes.
+pub fn answers_pipelined_requests_in_their_order(server: &Server, rounds: usize) {
+    let client = |client: usize| {
+        let mut stream = server.connect();
+        let mut reader = BufReader::new(stream.try_clone().expect("a descriptor"));
+        for round in 0..rounds {
+            let bodies: Vec<String> = (0..5).map(|at| format!("{client}.{round}.{at}{}", "x".repeat(at * 700))).collect();
+            let request = |body: &String| format!("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            stream.write_all(bodies.iter().map(request).collect::<String>().as_bytes()).expect("sent");
+            for body in &bodies {
+                let mut line = String::new();
+                reader.read_line(&mut line).expect("a status line");
+                assert_eq!(line, "HTTP/1.1 200 OK\r\n");
+                while line != "\r\n" {
+                    line.clear();
+                    reader.read_line(&mut line).expect("a field");
+                }
+                let mut answered = vec![0; body.len()];
+                reader.read_exact(&mut answered).expect("a body");
+                assert!(answered == body.as_bytes(), "{body} was answered {}", String::from_utf8_lossy(&answered));
+            }
+        }
+    };
+    thread::scope(|scope| (0..8).for_each(|number| drop(scope.spawn(move || client(number)))));
+}
+
+pub fn answers_errors_with_500_and_logs_them(server: &Server) {
+    assert_eq!(server.get("/fail").status, 500);
+    server.log.wait_for("RuntimeError: this application fails");
+    let broken = server.get("/break");
+    assert_eq!((broken.status, broken.text(), broken.whole), (200, "the beginning", false));
+    assert_eq!(server.get("/").status, 200);
+}
+
+pub fn loses_no_request_with_an_idle_worker(server: &Server) {
+    for _ in 0..5 {
+        let pid = server.pid();
+        kill(pid, libc::SIGKILL);
+        // It may be asked before anybody has noticed.
+        assert_eq!(server.ask("POST", "/echo", b"x").status, 200);
+        assert_ne!(server.pid(), pid);
+    }
+}
+
+/// Its timeout is a second.
+pub fn lets_a_request_move_its_deadline(server: &Server) {
+    let answer = server.get("/extend?2");
+    assert_eq!((answer.status, answer.text()), (200, "in time after all"));
+}
+
+/// Its timeout is a second.
+pub fn replaces_a_stopped_worker(server: &Server) {
+    let pid = server.pid();
+    kill(pid, libc::SIGSTOP);
+    assert_eq!(server.get("/echo").status, 504);
+    assert_eq!(server.get("/echo").status, 200);
+    wait_until("the stopped worker is gone", || !is_alive(pid));
+}
+
+/// Keeps so many clients at `ask`, which returns the number of the worker that answered, until eight workers have; two serve
+/// at a time.
+pub fn is_served_by_eight_workers_in_turn(clients: usize, ask: impl Fn(usize) -> Option<String> + Sync) {
+    let pids = Mutex::new(HashSet::new());
+    let count = || pids.lock().expect("no panic").len();
+    let ask = |client| {
+        if let Some(pid) = ask(client) {
+            pids.lock().expect("no panic").insert(pid);
+        }
+    };
+    keep_asking(clients, ask, || wait_until_within(3 * PATIENCE, "eight workers have served", || count() >= 8));
+    let pids = pids.into_inner().expect("no panic");
+    wait_until("the old workers have ended", || pids.iter().filter(|pid| is_alive(pid.parse().expect("a number"))).count() <= 2);
 }
