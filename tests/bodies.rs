@@ -1,9 +1,11 @@
 //! Bodies, end to end and in one process: large requests become files before their handler runs, and streamed
 //! responses hold no handler, however slowly they are read.
 
+mod in_process;
+
 use std::{
     io::{Read, Write},
-    net::{Shutdown, TcpStream},
+    net::Shutdown,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -11,12 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use uringd::{
-    Body, Config, Request, Response, Running, Server,
-    config::{Backend, Bind, Cores},
-};
+use uringd::{Body, Config, Request, Response, Running, Server};
 
-const WAIT: Duration = Duration::from_secs(20);
+use in_process::{WAIT, connect, serve};
 
 /// Streams that handlers are making at this moment.
 static STREAMING: AtomicUsize = AtomicUsize::new(0);
@@ -84,32 +83,13 @@ fn expected(length: usize) -> Vec<u8> {
     bytes
 }
 
-/// Runs the story against a server on each backend that this machine allows.
+/// With one handler thread.
 fn each_backend(change: impl Fn(&mut Config), story: impl Fn(&str, &Running)) {
-    for backend in [Backend::Uring, Backend::Epoll] {
-        let mut config = Config { bind: vec![Bind::Tcp("127.0.0.1:0".into())], cores: Cores::Count(1), backend, ..Config::default() };
+    let change = |config: &mut Config| {
         config.handlers = 1;
-        change(&mut config);
-        let running = match Server::new(application).config(config).start() {
-            Ok(running) => running,
-            Err(error) if backend == Backend::Uring => {
-                eprintln!("SKIPPED io_uring: {error}");
-                continue;
-            }
-            Err(error) => panic!("{error}"),
-        };
-        let address = running.addresses()[0].strip_prefix("http://").expect("TCP").to_owned();
-        story(&address, &running);
-        running.stop();
-        running.wait().expect("a clean end");
-    }
-}
-
-fn connect(address: &str) -> TcpStream {
-    let stream = TcpStream::connect(address).expect("a server");
-    stream.set_read_timeout(Some(WAIT)).expect("a socket");
-    stream.set_write_timeout(Some(WAIT)).expect("a socket");
-    stream
+        change(config);
+    };
+    in_process::each_backend(|| Server::new(application), change, story);
 }
 
 fn ask(address: &str, request: &str) -> Vec<u8> {
@@ -450,13 +430,8 @@ fn a_handler_shares_what_it_captures() {
     let _alone = alone();
     let seen = Arc::new(AtomicUsize::new(0));
     let count = seen.clone();
-    let config =
-        Config { bind: vec![Bind::Tcp("127.0.0.1:0".into())], cores: Cores::Count(1), backend: Backend::Epoll, ..Config::default() };
     let handler = move |_: &Request<'_>| format!("{}", count.fetch_add(1, Ordering::SeqCst));
-    let running = Server::new(handler).config(config).start().expect("started");
-    let address = running.addresses()[0].strip_prefix("http://").expect("TCP").to_owned();
-    assert!(get(&address, "/").1 == b"0" && get(&address, "/").1 == b"1");
-    running.stop();
-    running.wait().expect("a clean end");
+    let story = |address: &str, _: &Running| assert!(get(address, "/").1 == b"0" && get(address, "/").1 == b"1");
+    serve(Server::new(handler), |_| {}, story).expect("started");
     assert_eq!(seen.load(Ordering::SeqCst), 2);
 }

@@ -1,20 +1,18 @@
 //! Who the client is when proxies stand between: what handlers are told, and what they are spared.
 
+mod in_process;
+
 use std::{
     io::{Read, Write},
-    net::{Shutdown, TcpStream},
+    net::Shutdown,
     thread,
     time::{Duration, Instant},
 };
 
-use uringd::{
-    Config, Request, Response, Running, Runs, Server,
-    config::{Backend, Bind, Cores, Permit},
-    identity::Networks,
-    stats::Stats,
-};
+use uringd::{Config, Request, Response, Running, Runs, Server, config::Permit, identity::Networks, stats::Stats};
 
-const WAIT: Duration = Duration::from_secs(20);
+use in_process::{WAIT, connect, serve};
+
 const V1: &str = "PROXY TCP4 192.0.2.1 198.51.100.1 56324 443\r\n";
 
 /// Says who asked, in one line; on the ring thread for paths that begin with /inline.
@@ -33,28 +31,7 @@ impl uringd::Handler for Who {
 }
 
 fn each_backend(change: impl Fn(&mut Config), story: impl Fn(&str, &Running)) {
-    for backend in [Backend::Uring, Backend::Epoll] {
-        let mut config = Config { bind: vec![Bind::Tcp("127.0.0.1:0".into())], cores: Cores::Count(1), backend, ..Config::default() };
-        change(&mut config);
-        let running = match Server::with_handler(Who).config(config).start() {
-            Ok(running) => running,
-            Err(error) if backend == Backend::Uring => {
-                eprintln!("SKIPPED io_uring: {error}");
-                continue;
-            }
-            Err(error) => panic!("{error}"),
-        };
-        let address = running.addresses()[0].strip_prefix("http://").expect("TCP").to_owned();
-        story(&address, &running);
-        running.stop();
-        running.wait().expect("a clean end");
-    }
-}
-
-fn connect(address: &str) -> TcpStream {
-    let stream = TcpStream::connect(address).expect("a server");
-    stream.set_read_timeout(Some(WAIT)).expect("a socket");
-    stream
+    in_process::each_backend(|| Server::with_handler(Who), change, story);
 }
 
 /// Sends these pieces; returns the answers' bodies as far as they go.
@@ -285,11 +262,7 @@ fn names_with_underscores_do_not_reach_environments_unless_permitted() {
     let relaxed = "HTTP_HOST=inner:8000 HTTP_CONNECTION=close CONTENT_TYPE=t HTTP_CONTENT_LENGTH=5 HTTP_X_A=1 HTTP_X_A=2 2";
     for (underscore_headers, wanted) in [(false, strict), (true, relaxed)] {
         let permit = Permit { underscore_headers, ..Permit::default() };
-        let config = Config { bind: vec![Bind::Tcp("127.0.0.1:0".into())], cores: Cores::Count(1), ..Config::default() };
-        let running = Server::new(environment(permit)).config(config).start().expect("a server");
-        let address = running.addresses()[0].strip_prefix("http://").expect("TCP").to_owned();
-        assert_eq!(ask(&address, "/", fields), wanted);
-        running.stop();
-        running.wait().expect("a clean end");
+        let story = |address: &str, _: &Running| assert_eq!(ask(address, "/", fields), wanted);
+        serve(Server::new(environment(permit)), |_| {}, story).expect("started");
     }
 }

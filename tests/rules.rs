@@ -4,21 +4,18 @@
 //! `tests/corpus/http1-cases.jsonl` that need a handler that lies. Rows that need steps or time and no such handler are in
 //! `tests/it/` (`keep_alive.rs`, `expect.rs`, `half_close.rs`, `slow_peer.rs`, `limits.rs`, `drain.rs`).
 
+mod in_process;
+
 use std::{
     collections::BTreeSet,
     io::{self, Read, Write},
-    net::{Shutdown, TcpStream},
-    thread,
+    net::Shutdown,
     time::Duration,
 };
 
-use uringd::{
-    Body, Config, Request, Response, Server, StreamWriter,
-    config::{Backend, Bind, Cores},
-    http1::Refusal,
-};
+use uringd::{Body, Config, Request, Response, Server, StreamWriter, http1::Refusal};
 
-const WAIT: Duration = Duration::from_secs(20);
+use in_process::connect;
 
 /// What a client does to be refused.
 enum Provocation {
@@ -180,7 +177,7 @@ fn every_refusal_is_answered_with_its_status_its_sentence_and_a_readable_close()
 
 /// All that the server says. An error, such as a reset before everything was read, is a failure.
 fn provoke(address: &str, provocation: &Provocation) -> io::Result<Vec<u8>> {
-    let mut stream = connect(address)?;
+    let mut stream = connect(address);
     let mut answer = Vec::new();
     match provocation {
         Provocation::Sends(bytes) => {
@@ -258,7 +255,7 @@ fn answers(address: &str, method: &str, path: &str) -> String {
 }
 
 fn exchange(address: &str, bytes: &str) -> String {
-    let mut stream = connect(address).expect("a server");
+    let mut stream = connect(address);
     stream.write_all(bytes.as_bytes()).expect("sent");
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap_or_else(|error| panic!("{bytes:?}: {error}"));
@@ -329,7 +326,7 @@ fn rs_05_a_body_that_is_too_short_is_seen_to_be_cut_off() {
             // A body that is there at once has the length that it has, whatever the handler says.
             let all = answers(address, "GET", "/handler-cl-too-long");
             assert!(all.contains("\r\nContent-Length: 5\r\n") && !all.contains("100"), "{all}");
-            let mut stream = connect(address).expect("a server");
+            let mut stream = connect(address);
             stream.write_all(b"GET /stream-too-short HTTP/1.1\r\nHost: a\r\n\r\nGET /next HTTP/1.1\r\nHost: a\r\n\r\n").expect("sent");
             let mut all = Vec::new();
             let _ = stream.read_to_end(&mut all);
@@ -409,7 +406,7 @@ fn rs_12_a_panic_costs_one_request_and_nothing_else() {
     each_backend(
         |_| {},
         |address| {
-            let mut other = connect(address).expect("a server");
+            let mut other = connect(address);
             let all = answers(address, "GET", "/handler-panics");
             assert!(all.starts_with("HTTP/1.1 500 ") && all.ends_with("path /next") && !all.contains("planned"), "{all}");
             other.write_all(b"GET /other HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").expect("sent");
@@ -457,33 +454,6 @@ fn ka_15_and_16_an_upgrade_is_never_agreed_to() {
     );
 }
 
-/// Runs the story against a server of each backend that this machine allows.
-fn each_backend(change: impl Fn(&mut Config), story: impl Fn(&str) + Sync) {
-    for backend in [Backend::Uring, Backend::Epoll] {
-        let mut config = Config { bind: vec![Bind::Tcp("127.0.0.1:0".into())], cores: Cores::Count(1), backend, ..Config::default() };
-        change(&mut config);
-        let running = match Server::new(lies).config(config).start() {
-            Ok(running) => running,
-            Err(error) if backend == Backend::Uring => {
-                eprintln!("SKIPPED io_uring: {error}");
-                continue;
-            }
-            Err(error) => panic!("{error}"),
-        };
-        let address = running.addresses()[0].strip_prefix("http://").expect("TCP").to_owned();
-        let told = thread::scope(|scope| scope.spawn(|| story(&address)).join());
-        if let Err(panic) = told {
-            eprintln!("with {backend:?}");
-            std::panic::resume_unwind(panic);
-        }
-        running.stop();
-        running.wait().expect("a clean end");
-    }
-}
-
-fn connect(address: &str) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(WAIT))?;
-    stream.set_write_timeout(Some(WAIT))?;
-    Ok(stream)
+fn each_backend(change: impl Fn(&mut Config), story: impl Fn(&str)) {
+    in_process::each_backend(|| Server::new(lies), change, |address, _| story(address));
 }
