@@ -177,6 +177,9 @@ pub struct Options {
     /// Bytes of a request head in all; more get 431 [default: 16384, or what the longest line and field need]
     #[arg(long, value_name = "BYTES", env = "URINGD_LIMIT_HEAD", help_heading = "Limits")]
     pub limit_head: Option<usize>,
+    /// Bytes of the line before a chunk, size and extensions; more get 400 [default: 1024]
+    #[arg(long, value_name = "BYTES", env = "URINGD_LIMIT_CHUNK_LINE", help_heading = "Limits")]
+    pub limit_chunk_line: Option<usize>,
     /// Bytes of a request body; more get 413 [default: 1073741824]
     #[arg(long, alias = "max-request-body-size", value_name = "BYTES", env = "URINGD_LIMIT_BODY", help_heading = "Limits")]
     pub limit_body: Option<u64>,
@@ -377,7 +380,7 @@ impl Options {
             target cores handlers handler_cores backend backlog log_level log_format
             timeout queue_timeout head_timeout body_timeout body_rate send_timeout keep_alive graceful_timeout
             queue limit_connections limit_request_line limit_request_fields limit_request_field_size limit_head
-            limit_body keep_alive_requests send_rate body_memory limit_body_memory limit_response_memory
+            limit_chunk_line limit_body keep_alive_requests send_rate body_memory limit_body_memory limit_response_memory
             connection_life limit_response_spool limit_spool spool_dir limit_per_ip
             forwarded_allow_ips forwarded_hops forwarded_fields proxy_protocol proxy_allow_from
             workers threads python chdir pythonpath preload max_requests max_requests_jitter max_rss max_age interface
@@ -576,6 +579,7 @@ impl Options {
                 *part = limits.head_bytes_max;
             }
         }
+        set(&mut limits.chunk_line_bytes_max, self.limit_chunk_line);
         set(&mut limits.body_bytes_max, self.limit_body);
         set(&mut limits.keep_alive_requests_max, self.keep_alive_requests);
         set(&mut limits.body_memory_bytes_max, self.body_memory);

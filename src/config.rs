@@ -255,6 +255,7 @@ impl Config {
             ("--limit-request-fields", limits.fields_max, 1),
             ("--limit-request-field-size", limits.field_bytes_max, 16),
             ("--limit-head", limits.head_bytes_max, 64),
+            ("--limit-chunk-line", limits.chunk_line_bytes_max, 16),
         ];
         for (option, value, least) in least {
             if value < least {
@@ -354,6 +355,7 @@ impl fmt::Display for Config {
             ("limit-request-fields", limits.fields_max as u64),
             ("limit-request-field-size", limits.field_bytes_max as u64),
             ("limit-head", limits.head_bytes_max as u64),
+            ("limit-chunk-line", limits.chunk_line_bytes_max as u64),
             ("limit-body", limits.body_bytes_max),
             ("body-memory", limits.body_memory_bytes_max as u64),
             ("limit-body-memory", limits.body_memory_total_bytes_max as u64),

@@ -34,6 +34,7 @@ fn every_option_of_the_interface_that_exists_is_in_the_help() {
         "--head-timeout",
         "--keep-alive",
         "--limit-body",
+        "--limit-chunk-line",
         "--limit-connections",
         "--limit-head",
         "--limit-request-field-size",

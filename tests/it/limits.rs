@@ -143,6 +143,19 @@ fn chunks_beyond_the_limit_are_a_413() {
     });
 }
 
+#[test]
+fn a_chunk_line_beyond_the_limit_is_a_400() {
+    for_each_backend(|backend| {
+        let with_line = |bytes: usize| format!("{CHUNKED}1;{}\r\nx\r\n0\r\n\r\n", "a".repeat(bytes - 2));
+        let server = backend.serve("builtin:hello", &["--limit-chunk-line", "5000"]);
+        expect_edge(&server, with_line(5000), with_line(5001), 400);
+        let server = backend.serve("builtin:hello", &["--limit-chunk-line", "16"]);
+        expect_edge(&server, with_line(16), with_line(17), 400);
+        let server = backend.serve("builtin:hello", &[]);
+        expect_edge(&server, with_line(1024), with_line(1025), 400);
+    });
+}
+
 /// KA-12: the whole answer reaches a client that sends on and on before it reads.
 #[test]
 fn a_413_reaches_a_client_that_sends_its_fifty_megabytes_first() {
