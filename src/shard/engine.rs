@@ -1169,12 +1169,15 @@ impl Engine {
 pub(super) enum Canary {
     ClosedInFlight,
     DeadlineMissed,
+    HeaderFaultForgiven,
+    HeaderRenewsTime,
     NextRequestForgotten,
     NotArmedAgain,
     NotWithdrawn,
     OldAnswerTaken,
     ShortSendLosesRest,
     ShortSendRepeats,
+    StrangerBelieved,
 }
 
 /// The one that is planted: none outside of tests, so that the compiler drops what hangs on it.

@@ -20,6 +20,7 @@
 
 mod client;
 mod disk;
+mod header;
 mod kernel;
 mod pool;
 pub mod random;
@@ -49,6 +50,7 @@ use crate::{
     driver::{Completion, Op, Token},
     exchange::Micros,
     handler::Body,
+    identity::Networks,
     pool::Answer,
     stats::Stats,
     stream::Credit,
@@ -81,6 +83,8 @@ enum Checker {
     EarlyEnd,
     /// A handler waits for a client that is gone.
     HandlerHeld,
+    /// A connection that had to begin with a PROXY protocol header, and did not, was kept.
+    HeaderAwaited,
     /// Something was left behind.
     Leak,
     /// The next deadline is not in the future, or comes again and again for nothing.
@@ -103,6 +107,8 @@ enum Checker {
     WithdrawnRuns,
     /// A client got a byte, an answer or an end that is not the right one.
     WrongAnswer,
+    /// A handler was told another client than the one that asks.
+    WrongClient,
 }
 
 #[derive(Debug)]
@@ -152,6 +158,8 @@ struct Faults {
     small_limits: bool,
     /// Bodies go through files.
     small_memory: bool,
+    /// Connections must begin with a PROXY protocol header, and not all do.
+    proxied: bool,
 }
 
 impl Faults {
@@ -177,6 +185,7 @@ impl Faults {
             few_per_ip: half() && half(),
             small_limits: half(),
             small_memory: half(),
+            proxied: half(),
         }
     }
 
@@ -287,6 +296,9 @@ impl World {
         if faults.few_per_ip {
             config.limits.connections_per_ip_max = Some(1 + random.below(3));
         }
+        if faults.proxied {
+            config.proxy_protocol = Some(Networks::loopback());
+        }
         let timeouts = &config.timeouts;
         let micros = |time: Duration| time.as_micros() as Micros;
         let rules = Rules {
@@ -310,10 +322,12 @@ impl World {
             connections_per_ip_max: config.limits.connections_per_ip_max.unwrap_or(usize::MAX),
         };
         let listeners = 1 + random.below(2);
-        let clients = (0..1 + random.below(7)).map(|index| Client::new(index, listeners, &faults, &rules, &mut random)).collect();
+        let clients: Vec<Client> =
+            (0..1 + random.below(7)).map(|index| Client::new(index, listeners, &faults, &rules, &mut random)).collect();
         let queue_max = if faults.short_queue { 1 + random.below(2) } else { 64 };
         let now = 1_000 + random.micros(1 << 40);
-        let (stats, handler, quota) = (Arc::new(Stats::default()), pool::handler(), Arc::new(Quota::new(1 << 40)));
+        let handler = Arc::new(SimHandler::new(clients.iter().flat_map(Client::identities).collect()));
+        let (stats, quota) = (Arc::new(Stats::default()), Arc::new(Quota::new(1 << 40)));
         let mut engine = Engine::new(&config, handler.clone(), listeners, stats.clone(), quota.clone(), now, SystemTime::UNIX_EPOCH);
         engine.planted.0 = canary;
         World {
@@ -577,6 +591,12 @@ impl World {
         if let Some((client, index)) = self.handler.ran_twice() {
             return violation(Checker::RunTwice, format!("request {index} of client {client}"));
         }
+        if let Some((client, index)) = self.handler.mistaken() {
+            return violation(Checker::WrongClient, format!("request {index} of client {client}"));
+        }
+        if let Some(client) = self.clients.iter().find(|client| client.is_kept_in_spite_of_its_header()) {
+            return violation(Checker::HeaderAwaited, format!("the header of client {} shows its fault", client.index));
+        }
         if let Some(next) = self.engine.next_deadline().filter(|next| *next <= self.scene.now) {
             return violation(Checker::Livelock, format!("the next deadline, {next}, is past at {}", self.scene.now));
         }
@@ -679,15 +699,18 @@ fn the_same_seed_tells_the_same_story() {
 }
 
 /// A bug, and the checkers that may be the first to see it.
-const CANARIES: [(Canary, &[Checker]); 8] = [
+const CANARIES: [(Canary, &[Checker]); 11] = [
     (Canary::ClosedInFlight, &[Checker::CloseInFlight, Checker::StaleCounted]),
-    (Canary::DeadlineMissed, &[Checker::Unsettled]),
+    (Canary::DeadlineMissed, &[Checker::HeaderAwaited, Checker::Unsettled]),
+    (Canary::HeaderFaultForgiven, &[Checker::HeaderAwaited]),
+    (Canary::HeaderRenewsTime, &[Checker::HeaderAwaited]),
     (Canary::NextRequestForgotten, &[Checker::Drain, Checker::EarlyEnd, Checker::NotArmed, Checker::Unsettled, Checker::WrongAnswer]),
     (Canary::NotArmedAgain, &[Checker::NotArmed]),
     (Canary::NotWithdrawn, &[Checker::WithdrawnRuns, Checker::EarlyEnd]),
     (Canary::OldAnswerTaken, &[Checker::WrongAnswer]),
     (Canary::ShortSendLosesRest, &[Checker::WrongAnswer, Checker::EarlyEnd]),
     (Canary::ShortSendRepeats, &[Checker::WrongAnswer]),
+    (Canary::StrangerBelieved, &[Checker::WrongClient]),
 ];
 
 #[test]
@@ -716,7 +739,9 @@ fn everything_that_can_go_wrong_does() {
             ("a client left with its request in the queue", &stats.withdrawn),
             ("a client was reset for not reading", &stats.send_timeouts),
             ("a connection failed", &stats.peer_errors),
+            ("a connection had no header", &stats.proxy_refused),
             ("a handler panicked", &stats.panics),
+            ("a stranger named the client", &stats.forwarding_removed),
             ("the disk failed", &stats.spool_errors),
             ("the queue was full", &stats.queue_full),
             ("408 or a refusal", &stats.answers[4]),

@@ -6,7 +6,7 @@ use crate::{
     http1::Head,
     identity::{self, Origin},
     proxy_protocol::{self, Fault, Step},
-    shard::slot::Slot,
+    shard::{engine::Canary, slot::Slot},
 };
 
 impl Engine {
@@ -52,7 +52,13 @@ impl Engine {
     pub(super) fn take_proxy_header(&mut self, key: usize, input: &[u8], now: Micros) -> Option<usize> {
         let slot = &mut self.slots[key];
         match proxy_protocol::parse(input, self.limits.head_bytes_max) {
-            Ok(Step::NeedData) => None,
+            Ok(Step::NeedData) => {
+                if self.planted.is(Canary::HeaderRenewsTime) {
+                    slot.since = now;
+                }
+                None
+            }
+            Err(_) if self.planted.is(Canary::HeaderFaultForgiven) => None,
             Ok(Step::Done { length, source }) => {
                 slot.proxy_awaited = false;
                 slot.since = now;
@@ -84,7 +90,8 @@ impl Engine {
     /// What proxies say about a request that has fields for it; removes those of anybody else.
     pub(super) fn settle_origin(&mut self, slot_key: usize, head: &mut Head, bytes: &[u8]) -> Option<Origin> {
         let slot = &self.slots[slot_key];
-        let verdict = identity::settle(head, bytes, slot.peer, &self.forwarded);
+        let peer = if self.planted.is(Canary::StrangerBelieved) { slot.accepted_from } else { slot.peer };
+        let verdict = identity::settle(head, bytes, peer, &self.forwarded);
         if verdict.removed > 0 {
             self.stats.forwarding_removed.add(verdict.removed as u64);
             tracing::debug!(peer = %slot.peer, fields = verdict.removed, "removed what names the client and is not a trusted proxy's; try: --forwarded-allow-ips");

@@ -8,12 +8,13 @@ use std::{borrow::Cow, collections::VecDeque, fmt};
 
 use super::{
     Check, Checker, Faults, Rules, Scene,
+    header::Header,
     pool::{Asked, pattern},
     random::Random,
     violation,
 };
 use crate::{
-    driver::{ListenerIndex, Token},
+    driver::{ListenerIndex, Peer, Token},
     exchange::Micros,
     http1::{Refusal, response::reason_phrase},
     shard::engine::Life,
@@ -21,6 +22,8 @@ use crate::{
 
 /// How long the engine keeps the place of a half-closed client in the queue.
 const HALF_CLOSED_WAIT: Micros = 100_000;
+/// A deadline is found to be over with the wheel's next tick (`deadlines.rs`), and a turn takes its time.
+const HEADER_LATE: Micros = 50_000;
 
 /// What a client does next.
 #[derive(Debug)]
@@ -48,6 +51,9 @@ pub enum Ending {
     Truncated,
     /// Breaks a rule.
     Refused,
+    /// Begins with something else than the header that it should begin with, or never finishes it.
+    HeaderBroken,
+    HeaderIncomplete,
     /// Never finishes its last request.
     Incomplete,
     /// Is gone at some moment.
@@ -83,6 +89,9 @@ pub struct Client {
     pub beyond: Expected,
     pub eof_told_at: Option<Micros>,
     pub last_sent_at: Micros,
+    /// With that header, it has one connection too many.
+    pub may_be_turned_away: bool,
+    header: Header,
     script: VecDeque<Action>,
     wake_at: Micros,
     /// Reads in small pieces when it feels like it.
@@ -91,6 +100,9 @@ pub struct Client {
     /// Goes on with its script after the server's end, and never closes.
     stubborn: bool,
     accepted_at: Option<Micros>,
+    /// When the engine began to receive from it, and when its header was whole.
+    listened_to_at: Option<Micros>,
+    named_at: Option<Micros>,
     /// Bytes that the engine has been given.
     taken_in: usize,
     answers: usize,
@@ -155,6 +167,8 @@ pub struct Expected {
     end: usize,
     begun_at: Option<Micros>,
     complete_at: Option<Micros>,
+    /// Who the handler is to be told asks.
+    peer: Option<Peer>,
     pub started_at: Option<Micros>,
     pub finished: bool,
     pub found_full: bool,
@@ -176,6 +190,9 @@ impl Client {
         if faults.slow_clients {
             endings.extend([Ending::Incomplete, Ending::StopsReading]);
         }
+        if faults.proxied {
+            endings.extend([Ending::HeaderBroken, Ending::HeaderIncomplete]);
+        }
         let reads_slowly = faults.slow_clients && random.chance(30);
         let mut client = Client {
             index,
@@ -193,12 +210,16 @@ impl Client {
             beyond: Expected::default(),
             eof_told_at: None,
             last_sent_at: 0,
+            may_be_turned_away: false,
+            header: Header::none(),
             script: VecDeque::new(),
             wake_at: 0,
             reads_slowly,
             read_at: 0,
             stubborn: random.chance(20),
             accepted_at: None,
+            listened_to_at: None,
+            named_at: None,
             taken_in: 0,
             answers: 0,
             reading: Reading::Head(Vec::new()),
@@ -213,6 +234,13 @@ impl Client {
             _ if reads_slowly => client.wire.window = random.below(3_000),
             _ => {}
         }
+        let (host, port) = (client.host(), client.port());
+        client.header = match client.ending {
+            _ if !faults.proxied => Header::none(),
+            Ending::HeaderBroken => Header::broken(random),
+            Ending::HeaderIncomplete => Header::incomplete(host, port, random),
+            _ => Header::whole(host, port, random),
+        };
         client.write_script(faults, rules, random);
         client
     }
@@ -220,7 +248,14 @@ impl Client {
     fn write_script(&mut self, faults: &Faults, rules: &Rules, random: &mut Random) {
         let start = if random.chance(20) { random.micros(3_000_000) } else { random.micros(5_000) };
         self.script.extend([Action::Pause(start), Action::Connect]);
+        let mut batch = self.header.bytes.clone();
+        if !batch.is_empty() && random.chance(50) {
+            let rest = batch.split_off(1 + random.below(batch.len()));
+            self.script.extend([Action::Send(batch), Action::Pause(pause(faults, random))]);
+            batch = rest;
+        }
         let requests = match self.ending {
+            Ending::HeaderBroken | Ending::HeaderIncomplete => return self.write_rest_of_header(batch, faults, random),
             Ending::Stays | Ending::Incomplete | Ending::HalfClose => random.below(5),
             _ => 1 + random.below(5),
         };
@@ -230,8 +265,7 @@ impl Client {
             _ if random.chance(5) => random.below(5),
             _ => usize::MAX,
         };
-        let mut written = 0;
-        let mut batch = Vec::new();
+        let mut written = self.header.bytes.len();
         let mut over = false;
         for index in 0..requests {
             let (mut expected, head, body) = self.write_request(index, index == close_at, rules, random);
@@ -279,6 +313,18 @@ impl Client {
             self.script.push_back(Action::Send(batch));
         }
         self.write_ending(faults, random);
+    }
+
+    /// In pieces that come in time, each by itself.
+    fn write_rest_of_header(&mut self, mut bytes: Vec<u8>, faults: &Faults, random: &mut Random) {
+        while !bytes.is_empty() {
+            let rest = bytes.split_off(1 + random.below(bytes.len()));
+            self.script.extend([Action::Send(bytes), Action::Pause(random.micros(6_000_000))]);
+            bytes = rest;
+        }
+        if faults.half_close && random.chance(30) {
+            self.script.push_back(Action::HalfClose);
+        }
     }
 
     fn write_ending(&mut self, faults: &Faults, random: &mut Random) {
@@ -384,6 +430,13 @@ impl Client {
         } else if is_http10 {
             head.push_str("Connection: keep-alive\r\n");
         }
+        expected.peer = Some(self.peer());
+        if random.chance(10) {
+            head.push_str(&format!("X-Forwarded-For: 192.0.2.7, 203.0.113.{}\r\n", self.host()));
+            if self.is_trusted() {
+                expected.peer = Some(Peer::Inet(([203, 0, 113, self.host()], 0).into()));
+            }
+        }
         if random.chance(20) {
             head.push_str(&format!("X-Filler: {}\r\n", "x".repeat(random.below(200))));
         }
@@ -488,7 +541,8 @@ impl Client {
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ends: Vec<_> = self.expected.iter().map(|expected| (expected.end, expected.status, expected.body.len())).collect();
-        write!(f, "client {} {:?} on {}, expects {ends:?}", self.index, self.ending, self.listener)
+        let Client { index, ending, listener, header, .. } = self;
+        write!(f, "client {index} {ending:?} on {listener}, {} bytes of header, expects {ends:?}", header.bytes.len())
     }
 }
 
@@ -504,13 +558,62 @@ impl Client {
         self.wire.reset || self.wire.server_closed
     }
 
+    fn port(&self) -> u16 {
+        self.index as u16 + 1
+    }
+
+    /// Who is at the other end of its connection.
+    pub fn accepted_from(&self) -> Peer {
+        Peer::Inet(([127, 0, 0, self.host()], self.port()).into())
+    }
+
+    /// Who it is: that, or whom its header names.
+    pub fn peer(&self) -> Peer {
+        self.header.source.unwrap_or(self.accepted_from())
+    }
+
+    /// It may name others, as proxies at loopback addresses and at unix sockets may.
+    fn is_trusted(&self) -> bool {
+        matches!(self.header.source, None | Some(Peer::Unix))
+    }
+
+    /// The client of each request, by client and index.
+    pub fn identities(&self) -> impl Iterator<Item = ((usize, usize), Peer)> {
+        let peers = self.expected.iter().enumerate();
+        peers.filter_map(|(index, expected)| Some(((self.index, index), expected.peer?)))
+    }
+
+    /// Its header is whole, if it needs one.
+    pub fn is_named(&self) -> bool {
+        self.named_at.is_some()
+    }
+
+    /// It is connected although what it began with is no header.
+    pub fn is_kept_in_spite_of_its_header(&self) -> bool {
+        self.shows_fault() && !self.wire.server_fin && !self.wire.reset
+    }
+
+    fn shows_fault(&self) -> bool {
+        self.header.fault_at.is_some_and(|at| self.taken_in >= at)
+    }
+
+    /// Since when the first request, or the header before it, may take its time.
+    fn first_since(&self) -> Option<Micros> {
+        self.named_at.or(self.accepted_at)
+    }
+
     pub fn accepted(&mut self, now: Micros) {
         self.accepted_at = Some(now);
         self.last_sent_at = now;
+        self.named_at = Some(now).filter(|_| self.header.whole_at == Some(0));
     }
 
-    /// The engine was given so many more of its bytes.
-    pub fn delivered(&mut self, length: usize, now: Micros) {
+    pub fn listened_to(&mut self, now: Micros) {
+        self.listened_to_at.get_or_insert(now);
+    }
+
+    /// The engine was given so many more of its bytes. True when they make its header whole.
+    pub fn delivered(&mut self, length: usize, now: Micros) -> bool {
         self.taken_in += length;
         for expected in &mut self.expected {
             if expected.start < self.taken_in {
@@ -520,6 +623,11 @@ impl Client {
                 expected.complete_at.get_or_insert(now);
             }
         }
+        let named = !self.is_named() && self.header.whole_at.is_some_and(|whole| self.taken_in >= whole);
+        if named {
+            self.named_at = Some(now);
+        }
+        named
     }
 
     /// A handler has done all that it will.
@@ -543,6 +651,7 @@ impl Client {
     /// It had what it wanted, and nobody is at anything for it.
     pub fn is_at_rest(&self) -> bool {
         self.taken_in > 0
+            && self.is_named()
             && self.is_idle()
             && self.wire.to_server.is_empty()
             && self.expected.iter().all(|expected| expected.run_as.is_none())
@@ -578,6 +687,13 @@ impl Client {
     /// Whether the server had a reason for the end.
     fn justify(&mut self, rules: &Rules, now: Micros) -> Check {
         let who = format!("client {} ({:?}) after {} of {} answers", self.index, self.ending, self.answers, self.expected.len());
+        if self.may_be_turned_away || self.shows_fault() {
+            return Ok(());
+        }
+        let waited = self.listened_to_at.map_or(0, |at| now - at);
+        if !self.is_named() && waited > rules.head + HEADER_LATE && !rules.reads_may_stall {
+            return violation(Checker::HeaderAwaited, format!("{who}: its header was waited for {waited} us"));
+        }
         let slow = self.reads_slowly || rules.reads_may_stall;
         let reads_too_slowly = slow && self.accepted_at.is_some_and(|at| at + rules.send_rate_grace <= now);
         if rules.life == Life::Stopping || self.last_sent_at + rules.send <= now || reads_too_slowly {
@@ -598,7 +714,7 @@ impl Client {
             return Ok(());
         }
         let (since, limit) = match self.answers {
-            0 => (self.accepted_at, rules.head),
+            0 => (self.first_since(), rules.head),
             count => (self.expected[count - 1].complete_at, rules.keep_alive),
         };
         // What comes after the drain began may be too late, like what comes while an idle connection is closed.
@@ -716,7 +832,7 @@ impl Client {
             refused = true;
             Some(refusal_text(refusal))
         };
-        let begun_at = if self.answers == 0 { self.accepted_at } else { expected.begun_at };
+        let begun_at = if self.answers == 0 { self.first_since() } else { expected.begun_at };
         let served = if expected.pooled { expected.finished && !expected.found_full } else { expected.complete_at.is_some() };
         let body = match status {
             408 if passed(begun_at, rules.head_or_body) && may_be_late => {

@@ -8,7 +8,7 @@ use std::{
     os::fd::RawFd,
 };
 
-use super::{Check, Checker, Faults, Scene, Violation, client::Client, violation};
+use super::{Check, Checker, Faults, Rules, Scene, Violation, client::Client, violation};
 use crate::{
     driver::{Chunk, Completion, ListenerIndex, Op, Peer, RecvEnd, Shutdown, Token},
     exchange::Micros,
@@ -116,6 +116,7 @@ impl SimKernel {
                     return violation(Checker::AfterEnd, format!("a receive on {fd} after its end"));
                 }
                 socket.recv = Some(Recv::default());
+                clients[socket.client].listened_to(now);
             }
             // It may find nothing any more, like an AcceptStop.
             Op::RecvStop { token, fd } => {
@@ -297,7 +298,10 @@ impl SimKernel {
                     (true, _) => 1 + random.below(most),
                 };
                 let bytes: Vec<u8> = client.wire.to_server.drain(..length).collect();
-                client.delivered(length, now);
+                if client.delivered(length, now) {
+                    let index = socket.client;
+                    self.named(index, clients, rules);
+                }
                 Delivered::Received(token, bytes)
             }
             Event::RecvEnd(_, end) => {
@@ -344,8 +348,15 @@ impl SimKernel {
         let socket = Socket { client, token: None, recv: None, send: None, eof_told: false, shut_write: false, shut_both: false };
         self.sockets[free] = Some(socket);
         clients[client].accepted(now);
-        let peer = Peer::Inet(([127, 0, 0, clients[client].host()], client as u16 + 1).into());
-        Completion::Accepted { listener, fd: free as RawFd + FD_FIRST, peer }
+        Completion::Accepted { listener, fd: free as RawFd + FD_FIRST, peer: clients[client].accepted_from() }
+    }
+
+    /// A proxy has said who this client is, which may have as many connections as it may already.
+    fn named(&self, index: usize, clients: &mut [Client], rules: &Rules) {
+        let Peer::Inet(address) = clients[index].peer() else { return };
+        let same = |client: &Client| client.is_named() && matches!(client.peer(), Peer::Inet(other) if other.ip() == address.ip());
+        let connections = self.open().filter(|(_, socket)| same(&clients[socket.client])).count();
+        clients[index].may_be_turned_away = connections > rules.connections_per_ip_max;
     }
 
     /// What must hold after each turn: a shard that is full does not go on accepting.

@@ -1,7 +1,7 @@
 //! The simulated handlers: a bounded queue, a few that work, and answers that come when they come.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     fs::File,
     io::{self, Read, Write},
     os::unix::fs::FileExt,
@@ -18,7 +18,7 @@ use super::{
     violation,
 };
 use crate::{
-    driver::Token,
+    driver::{Peer, Token},
     exchange::{Exchange, Micros, Progress},
     handler::{Body, Handler, Request, Response, Runs},
     pool::Answer,
@@ -196,10 +196,12 @@ fn fate<'a>(exchange: &Exchange, clients: &'a mut [Client]) -> &'a mut Expected 
 }
 
 /// The application under test: does what the path says, `/client/index/kind/size`.
-#[derive(Default)]
 pub struct SimHandler {
+    /// Who asks, by client and index.
+    peers: HashMap<(usize, usize), Peer>,
     ran: Mutex<HashSet<(usize, usize)>>,
     ran_twice: Mutex<Option<(usize, usize)>>,
+    mistaken: Mutex<Option<(usize, usize)>>,
 }
 
 /// A path, taken apart.
@@ -221,6 +223,15 @@ impl Asked {
 }
 
 impl SimHandler {
+    pub fn new(peers: HashMap<(usize, usize), Peer>) -> SimHandler {
+        SimHandler { peers, ran: Mutex::default(), ran_twice: Mutex::default(), mistaken: Mutex::default() }
+    }
+
+    /// A request whose handler was told another client.
+    pub fn mistaken(&self) -> Option<(usize, usize)> {
+        *self.mistaken.lock().expect("no panic while it is held")
+    }
+
     /// A request that was run more than once.
     pub fn ran_twice(&self) -> Option<(usize, usize)> {
         *self.ran_twice.lock().expect("no panic while it is held")
@@ -232,6 +243,9 @@ impl Handler for SimHandler {
         let asked = Asked::of(request.path());
         if !self.ran.lock().expect("no panic while it is held").insert((asked.client, asked.index)) {
             *self.ran_twice.lock().expect("no panic while it is held") = Some((asked.client, asked.index));
+        }
+        if self.peers.get(&(asked.client, asked.index)).is_some_and(|peer| *peer != request.peer()) {
+            *self.mistaken.lock().expect("no panic while it is held") = Some((asked.client, asked.index));
         }
         let body = pattern(asked);
         match asked.kind.to_ascii_lowercase() {
@@ -305,8 +319,4 @@ pub fn is_held_back(credit: &Arc<Credit>) -> bool {
     let mut send = |_| ();
     let mut writer = StreamWriter::new(credit.clone(), Duration::ZERO, &mut send);
     writer.write_all(&[0; PATTERN_BYTES]).is_err_and(|error| error.kind() == io::ErrorKind::TimedOut)
-}
-
-pub fn handler() -> Arc<SimHandler> {
-    Arc::new(SimHandler::default())
 }
