@@ -29,7 +29,15 @@ pub struct Job {
     pub token: Token,
     /// The request that it belongs to.
     pub serial: u64,
+    pub direction: Direction,
     pub work: Work,
+}
+
+/// Whose body it is about: on its way in, the request's; on its way out, the response's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    In,
+    Out,
 }
 
 #[derive(Debug)]
@@ -45,6 +53,7 @@ pub enum Work {
 pub struct Done {
     pub token: Token,
     pub serial: u64,
+    pub direction: Direction,
     pub result: Result<Outcome, io::Error>,
 }
 
@@ -117,8 +126,8 @@ impl Disk {
 
 fn work(jobs: &Receiver<(Job, Home)>, directory: &Path) {
     for (job, home) in jobs {
-        let Job { token, serial, work } = job;
-        home(Done { token, serial, result: carry_out(work, directory) });
+        let Job { token, serial, direction, work } = job;
+        home(Done { token, serial, direction, result: carry_out(work, directory) });
     }
 }
 
@@ -154,9 +163,9 @@ mod tests {
         let disk = Disk::start(std::env::temp_dir()).expect("threads");
         let (home, came) = unbounded();
         let home: Home = Arc::new(move |done| home.send(done).expect("a test that waits"));
-        disk.submit(Job { token: Token { slot: 1, generation: 2 }, serial: 3, work }, &home);
+        disk.submit(Job { token: Token { slot: 1, generation: 2 }, serial: 3, direction: Direction::Out, work }, &home);
         let done = came.recv().expect("an outcome");
-        assert_eq!((done.token.slot, done.serial), (1, 3));
+        assert_eq!((done.token.slot, done.serial, done.direction), (1, 3, Direction::Out));
         done.result
     }
 

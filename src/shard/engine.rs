@@ -758,10 +758,7 @@ impl Engine {
         slot.last = !slot.keep_alive;
         match response.body {
             Body::Stream(_) | Body::File { .. } => self.send_later(key, response.body, framing),
-            // While the disk is at the request's body (which is refused then), its outcome could not be told from this one's.
-            Body::Owned(bytes)
-                if framing != BodyFraming::None && !slot.spooling && self.response_memory > self.limits.response_memory_total_bytes_max =>
-            {
+            Body::Owned(bytes) if framing != BodyFraming::None && self.response_memory > self.limits.response_memory_total_bytes_max => {
                 self.send_through_file(key, bytes, framing);
             }
             body if framing != BodyFraming::None => slot.put_body(body),

@@ -637,7 +637,7 @@ fn brief_done(done: &Done) -> String {
         Ok(Outcome::Read { bytes }) => format!("read {}", bytes.len()),
         Err(error) => error.to_string(),
     };
-    format!("the disk {what} for {:?} #{}", done.token, done.serial)
+    format!("the disk {what} for {:?} #{}, {:?}", done.token, done.serial, done.direction)
 }
 
 /// Runs a seed; the digest of all that happened, or what was broken.

@@ -14,7 +14,7 @@ use std::{collections::VecDeque, fs::File, mem, sync::Arc};
 
 use super::{Engine, Micros, Token};
 use crate::{
-    disk::{Done, Job, Outcome, Quota, Work},
+    disk::{Direction, Done, Job, Outcome, Quota, Work},
     handler::{Body, Response},
     http1::{
         Phase,
@@ -158,7 +158,7 @@ impl Engine {
         }
         slot.spooling = true;
         let work = Work::Write { file: exchange.file.clone(), offset: exchange.file_bytes, bytes: mem::take(&mut exchange.body) };
-        self.disk.push(Job { token: slot.token, serial: slot.serial, work });
+        self.disk.push(Job { token: slot.token, serial: slot.serial, direction: Direction::In, work });
     }
 
     /// The body's last byte has come. True: all of it is in one place; else the rest is on its way to the file.
@@ -279,12 +279,9 @@ impl Engine {
         if slot.serial != done.serial {
             return;
         }
-        match &mut slot.outgoing {
-            Some(outgoing) => {
-                outgoing.busy = false;
-                self.response_spooled(key, done.result, now);
-            }
-            None => self.request_spooled(key, done.result, now),
+        match done.direction {
+            Direction::In => self.request_spooled(key, done.result, now),
+            Direction::Out => self.response_spooled(key, done.result, now),
         }
     }
 
@@ -296,7 +293,8 @@ impl Engine {
 
     fn response_spooled(&mut self, key: usize, outcome: Result<Outcome, std::io::Error>, now: Micros) {
         let slot = &mut self.slots[key];
-        let outgoing = slot.outgoing.as_mut().expect("looked at by the caller");
+        let Some(outgoing) = &mut slot.outgoing else { return };
+        outgoing.busy = false;
         let spool = outgoing.spool.as_mut().expect("a disk job has a file");
         match outcome {
             Ok(Outcome::Written { file, length, .. }) => {
@@ -359,7 +357,8 @@ impl Engine {
                     if room {
                         let length = READ_BYTES.min(spool.written - spool.read) as usize;
                         let file = spool.file.clone().expect("written to before");
-                        self.disk.push(Job { token, serial, work: Work::Read { file, offset: spool.read, length } });
+                        let work = Work::Read { file, offset: spool.read, length };
+                        self.disk.push(Job { token, serial, direction: Direction::Out, work });
                         outgoing.busy = true;
                     } else if !self.spool_response(key) {
                         return;
@@ -404,7 +403,7 @@ impl Engine {
             all
         });
         let work = Work::Write { file: spool.file.clone(), offset: spool.written, bytes: bytes.unwrap_or_default() };
-        self.disk.push(Job { token: slot.token, serial: slot.serial, work });
+        self.disk.push(Job { token: slot.token, serial: slot.serial, direction: Direction::Out, work });
         outgoing.busy = true;
         true
     }

@@ -52,11 +52,11 @@ impl SimDisk {
     pub fn step(&mut self, scene: &mut Scene) {
         let Scene { faults, random, now, .. } = scene;
         let due: Vec<usize> = (0..self.jobs.len()).filter(|&index| self.jobs[index].0 <= *now).collect();
-        let (_, Job { token, serial, work }) = self.jobs.swap_remove(random.pick(&due));
+        let (_, Job { token, serial, direction, work }) = self.jobs.swap_remove(random.pick(&due));
         let fails = faults.disk_fail && random.chance(10);
         self.has_failed |= fails;
         let result = if fails { fail(work) } else { Ok(carry_out(work)) };
-        self.done.insert(0, Done { token, serial, result });
+        self.done.insert(0, Done { token, serial, direction, result });
     }
 }
 
