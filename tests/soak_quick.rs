@@ -198,6 +198,8 @@ fn overflow_and_starvation_lose_no_byte() {
     }
     let figures = driver.figures();
     assert!(!caps.buffer_ring || figures.no_buffers > 0, "it never starved: {figures:?}");
+    let pieces = (CONNECTIONS * BYTES.div_ceil(sizes.buffer_bytes)) as u64;
+    assert!(figures.no_buffers < 2 * pieces, "tried again and again without a buffer: {figures:?}");
     // What a task brings in while it waits overflows only where completions are not deferred.
     say(&format!("overflow and starvation: {figures:?}"));
 }

@@ -178,7 +178,7 @@ impl fmt::Display for Peer {
 pub enum RecvEnd {
     /// The driver wants to be asked again (a one-shot receive, or a multishot one that the kernel ended).
     Again,
-    /// The driver had no buffer left (ENOBUFS). Nothing is lost: ask again when buffers are back.
+    /// The driver had no buffer left (ENOBUFS). Nothing is lost: ask again, and it is tried when buffers are back.
     NoBuffers,
     /// The peer closed its sending side.
     Eof,

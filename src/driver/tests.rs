@@ -21,8 +21,10 @@ use std::{
 };
 
 use super::{
-    Chunk, Completion, Driver, ListenerIndex, Op, Payload, Peer, RecvEnd, Shutdown, Token, capabilities::Capabilities, epoll::EpollDriver,
-    uring::UringDriver,
+    Chunk, Completion, Driver, ListenerIndex, Op, Payload, Peer, RecvEnd, Shutdown, Token,
+    capabilities::Capabilities,
+    epoll::EpollDriver,
+    uring::{Sizes, UringDriver},
 };
 
 // ---------------------------------------------------------------------------------- receiving
@@ -301,6 +303,42 @@ fn a_receive_that_is_armed_and_stopped_in_one_turn_ends_however_much_there_is_to
             kernel.events.clear();
         }
     });
+}
+
+/// Two buffers for twenty connections, each of which has more to read than both can take.
+#[test]
+fn receives_that_found_no_buffer_are_tried_in_turn_and_can_be_stopped_before_theirs() {
+    let caps = match Capabilities::probe() {
+        Ok(caps) if caps.buffer_ring => caps,
+        _ => return eprintln!("SKIPPED: there is no ring of buffers here"),
+    };
+    let sizes = Sizes { buffers: 2, buffer_bytes: 100, ..Sizes::default() };
+    let mut kernel = Kernel::new("two buffers", Box::new(UringDriver::with_sizes(&[], caps, sizes).unwrap()));
+    let text = pattern(1_000);
+    let mut connections = Vec::new();
+    for _ in 0..20 {
+        let (mut peer, fd) = unix_pair();
+        peer.write_all(&text).unwrap();
+        let token = kernel.connection(fd);
+        kernel.push(Op::Recv { token, fd });
+        connections.push((peer, token, fd));
+    }
+    // All are tried, and asked for again.
+    kernel.turn(Duration::ZERO);
+    let (_, last, fd) = connections[19];
+    kernel.arms_again = false;
+    kernel.push(Op::RecvStop { token: last, fd });
+    kernel.until_recv_end(last);
+    kernel.arms_again = true;
+    for (_, token, fd) in &connections {
+        let ended = |event: &Event| matches!(event, Event::RecvEnded { token: of, .. } if of == token);
+        if kernel.take(ended).is_some() || *token == last {
+            kernel.push(Op::Recv { token: *token, fd: *fd });
+        }
+    }
+    connections.iter().for_each(|(_, token, _)| kernel.until_received(*token, &text));
+    let no_buffers = kernel.driver.figures().no_buffers;
+    assert!((10..400).contains(&no_buffers), "{no_buffers} tries for 200 buffers full of bytes");
 }
 
 #[test]

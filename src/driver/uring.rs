@@ -91,6 +91,10 @@ pub struct UringDriver {
     /// `None` without the buffer ring; then `scratch` takes what recv(2) brings.
     buffers: Option<Buffers>,
     scratch: Vec<u8>,
+    /// The last turn had too few buffers. Receives that are asked for wait in `starved` then, and no more of them are tried
+    /// in a turn than there are buffers: each of the others would end at once, again and again.
+    scarce: bool,
+    starved: VecDeque<squeue::Entry>,
     /// What the kernel works on, by slot.
     slots: Slots<InFlight>,
     /// Entries that found the submission queue full, in order.
@@ -158,6 +162,8 @@ impl UringDriver {
             listeners: listeners.iter().map(listener).collect(),
             scratch: if buffers.is_some() { Vec::new() } else { vec![0; 4 * sizes.buffer_bytes] },
             buffers,
+            scarce: false,
+            starved: VecDeque::new(),
             slots: Slots::new(),
             waiting: VecDeque::new(),
             completions: Vec::with_capacity(sizes.completions as usize),
@@ -218,7 +224,34 @@ impl UringDriver {
                 (Kind::Poll, opcode::PollAdd::new(types::Fd(fd), events).build())
             }
         };
-        self.submit_entry(entry.user_data(user_data(kind, token.slot, token.generation)));
+        let entry = entry.user_data(user_data(kind, token.slot, token.generation));
+        match self.scarce {
+            true => self.starved.push_back(entry),
+            false => self.submit_entry(entry),
+        }
+    }
+
+    fn recv_stop(&mut self, token: Token) {
+        let kind = if self.buffers.is_some() { Kind::Recv } else { Kind::Poll };
+        let target = user_data(kind, token.slot, token.generation);
+        // One that waits for its turn has it now, so that it comes to an end.
+        if let Some(index) = self.starved.iter().position(|entry| entry.get_user_data() == target)
+            && let Some(entry) = self.starved.remove(index)
+        {
+            self.submit_entry(entry);
+        }
+        self.cancel(target);
+    }
+
+    /// All buffers are back: shows them to the kernel, and tries receives that had none.
+    fn feed(&mut self) {
+        let Some(buffers) = &mut self.buffers else { return };
+        buffers.publish();
+        for _ in 0..buffers.count() {
+            let Some(entry) = self.starved.pop_front() else { break };
+            self.submit_entry(entry);
+        }
+        self.scarce = !self.starved.is_empty();
     }
 
     fn send(&mut self, token: Token, fd: RawFd, chunk: Chunk) {
@@ -313,6 +346,7 @@ impl UringDriver {
             libc::ECANCELED => RecvEnd::Stopped,
             libc::ENOBUFS => {
                 self.figures.no_buffers += 1;
+                self.scarce = true;
                 RecvEnd::NoBuffers
             }
             errno => RecvEnd::Failed(errno),
@@ -379,10 +413,7 @@ impl Driver for UringDriver {
         match op {
             Op::Send { token, fd, chunk } => self.send(token, fd, chunk),
             Op::Recv { token, fd } => self.recv(token, fd),
-            Op::RecvStop { token, .. } => {
-                let kind = if self.buffers.is_some() { Kind::Recv } else { Kind::Poll };
-                self.cancel(user_data(kind, token.slot, token.generation));
-            }
+            Op::RecvStop { token, .. } => self.recv_stop(token),
             Op::Accept { listener } => self.accept(listener),
             Op::AcceptStop { listener } => self.accept_stop(listener),
             Op::Shutdown { fd, how } => shutdown(fd, how),
@@ -396,13 +427,12 @@ impl Driver for UringDriver {
             let read = opcode::Read::new(types::Fd(self.waker.fd()), ptr::from_mut(self.doorbell).cast(), 8).build();
             self.submit_entry(read.user_data(user_data(Kind::Doorbell, 0, 0)));
         }
-        if let Some(buffers) = &mut self.buffers {
-            buffers.publish();
-        }
+        self.feed();
         while !self.fill() {
             self.enter(Some(Duration::ZERO))?;
         }
-        self.enter(timeout)?;
+        // Those that are still to be tried must not wait for anybody.
+        self.enter(if self.scarce { Some(Duration::ZERO) } else { timeout })?;
         self.waker.awake();
         if self.ring.submission().cq_overflow() {
             // Nothing is lost (NODROP): the kernel holds the rest until it is asked again.
