@@ -33,8 +33,9 @@
 //! 6. A complete request is an `Exchange` (`exchange.rs`) and waits in its core's queue (`pool.rs`); or its handler
 //!    runs inline.
 //! 7. The handler (`handler.rs`) makes a `Response`; a streamed body follows in pieces (`stream.rs`).
-//!    A Python application's request goes to a worker process instead (`python/courier.rs`, or `python/multiplexer.rs` when
-//!    each has many at a time).
+//!    A Python application's request goes to a worker process instead: the ring thread itself writes it to the worker's socket and
+//!    reads the answer (`python/dispatch.rs`, `python/courier.rs`); `python/multiplexer.rs` is a thread that does so where a worker has
+//!    many requests at a time.
 //! 8. `http1/response.rs` writes the head, the engine makes one send per connection and turn.
 //! 9. Sent, the slot is back in `Head`; or the connection ends, politely (`slot.rs` draws it).
 //!
@@ -70,13 +71,15 @@
 //!   engine has to go on after a short send anyway; with it, a slow reader looks stuck for a whole piece.
 //! - *The queue of a core is a lock-free channel, not a list of the engine's.* Handing 64 requests over costs one wake-up;
 //!   a request that waits is taken back by a compare-and-swap on its ticket (`exchange.rs`), so what was refused never runs.
-//! - *Threads that only pass things on do not interrupt a Python worker that computes* (SCHED_BATCH, `driver/policy.rs`): a courier
-//!   in the middle of a batch, and a ring thread whose requests could only wait. Where they share a CPU with the worker, each of
-//!   its answers had cost three changes of process; a Flask request went from 79 to 53 us of CPU.
+//! - *A ring thread whose requests could only wait does not interrupt a Python worker that computes* (SCHED_BATCH,
+//!   `driver/policy.rs`). Where both share a CPU, each answer of a batch had cost three changes of process; a Flask request went from
+//!   79 to 53 us of CPU.
 //! - *The environ crosses as a tuple, not as a dict*: a key costs the worker three times its value. 0.9 us of 3.4 per request.
-//! - *A thread of its own, the courier, carries requests to a worker*, so that a worker takes the place of a handler thread and
-//!   everything around it stays. Busy, that costs a microsecond a request; with one connection it is two more threads to wake
-//!   (88 us a request, granian 65), which a ring thread that speaks to workers itself would save.
+//! - *The ring thread speaks to the workers itself*, on the driver that it has for its clients. A thread between them, the first
+//!   design, meant four threads to wake one after the other for a request that found everybody asleep: 88 us with one
+//!   connection where this takes 74, and at 64 connections 8.9 us of CPU a request where this takes 7.8.
+//! - *A request is left to a neighbour core only when its own workers would take longer than the hop* (1 ms, `pool.rs`). Given
+//!   away whenever a neighbour was idle, requests of microseconds travelled alone and woke a thread each.
 //! - *Disk work is done by threads, not on the ring*, so that both drivers and the simulation share one way.
 
 #![deny(unsafe_code)]

@@ -9,6 +9,9 @@
 //!
 //! Requests move between cores, connections never do: the answer always goes home. A free
 //! handler takes one request at a time, so none waits behind another that has been started.
+//!
+//! Where worker processes serve, there are no handler threads: a ring thread takes from the queue itself, for its couriers
+//! (`python/dispatch.rs`), and a request is a neighbour's only when waiting at home would take longer than [`HOP`].
 
 use std::{
     io::Write,
