@@ -75,6 +75,8 @@ pub(crate) struct Errand {
     pub started: bool,
     /// The process that died over it.
     pub lost_with: Option<u64>,
+    /// How many processes died that had it and had not begun it.
+    pub unbegun: u8,
 }
 
 /// What comes home to a ring thread.
@@ -553,9 +555,10 @@ impl Core {
         ((self.jobs_taken.len() + more) as u64).saturating_mul(self.pace.load(Ordering::Relaxed))
     }
 
-    /// Requests wait for somebody who is busy, and for longer than it takes to have them served elsewhere.
+    /// Requests wait for nobody; or for somebody who is busy, and for longer than it takes to have them served elsewhere.
     fn needs_help(&self) -> bool {
-        self.idle.load(Ordering::SeqCst) == 0 && self.wait(0) >= HOP
+        let is_deserted = self.able.load(Ordering::SeqCst) == 0 && !self.jobs_taken.is_empty();
+        is_deserted || self.idle.load(Ordering::SeqCst) == 0 && self.wait(0) >= HOP
     }
 }
 
@@ -577,7 +580,7 @@ impl Desk {
         if core.jobs_taken.len() >= self.pools.queue_max {
             return Err(exchange);
         }
-        let errand = Errand { exchange, home: self.core, started: false, lost_with: None };
+        let errand = Errand { exchange, home: self.core, started: false, lost_with: None, unbegun: 0 };
         core.jobs.try_send(Job::Run(errand)).map_err(|error| match error {
             TrySendError::Full(job) | TrySendError::Disconnected(job) => match job {
                 Job::Run(errand) => errand.exchange,

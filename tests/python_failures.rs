@@ -277,14 +277,17 @@ fn whatever_happens_to_its_processes_at_the_same_time_it_recovers() {
     let log = server.log.text();
     let last = log.lines().filter_map(|line| line.rsplit_once("workers=")?.1.trim().parse().ok()).next_back();
     let wanted: usize = last.unwrap_or(3);
-    wait_until("as many workers as there should be, and none of them stopped", || {
+    let has_recovered = || {
         let workers = server.workers();
-        workers.len() == wanted && workers.iter().all(|pid| state(*pid) != Some('T')) || {
-            // One that is stopped and idle is found by the next request that it is given.
-            thread::scope(|scope| (0..2 * wanted).for_each(|_| drop(scope.spawn(|| server.get("/sleep?0.1")))));
-            false
-        }
-    });
+        workers.len() == wanted && workers.iter().all(|pid| state(*pid) != Some('T'))
+    };
+    let until = Instant::now() + PATIENCE;
+    while !has_recovered() {
+        let states = || server.workers().into_iter().map(|pid| (pid, state(pid))).collect::<Vec<_>>();
+        assert!(Instant::now() < until, "{wanted} are wanted, there are {:?}; the log:\n{}", states(), server.log.text());
+        // One that is stopped and idle is found by the next request that it is given.
+        thread::scope(|scope| (0..2 * wanted).for_each(|_| drop(scope.spawn(|| server.get("/sleep?0.1")))));
+    }
     assert_eq!(server.get("/echo").status, 200);
 }
 
@@ -461,7 +464,9 @@ fn requests_in_company_of_one_that_hangs_are_served_by_others() {
 #[test]
 fn a_deadline_can_be_moved_by_the_application() {
     let python = python_or_skip!();
-    support::lets_a_request_move_its_deadline(&Server::behave(&python, &["--timeout", "1"]));
+    let server = Server::behave(&python, &["--timeout", "1"]);
+    support::lets_a_request_move_its_deadline(&server);
+    assert_eq!(server.get("/extend_stream?1.5").text(), "in time after all");
 }
 
 #[test]

@@ -60,6 +60,8 @@ const BATCH_BYTES: usize = 64 << 10;
 const STEP: Micros = 50_000;
 /// Requests behind one that has run for this long are for others to serve.
 const BEHIND_MAX: Micros = 100_000;
+/// So many workers may die over a request that none of them has begun: then it is the request.
+const UNBEGUN_MAX: u8 = 8;
 /// Pieces of a body are gathered up to this size before they go home, or until nothing more has come.
 const PIECE_BYTES: usize = 64 << 10;
 
@@ -123,6 +125,14 @@ struct Outlet {
     gathered: Vec<u8>,
     /// Somebody takes what comes.
     wanted: bool,
+}
+
+impl Flight {
+    /// The limit counts from a beginning, so that is what moves; never beyond the longest time there is.
+    fn extend(&mut self, milliseconds: u32, core: &Core) {
+        let until = (core.now + Micros::from(milliseconds) * 1_000).min(self.begun + RUN_MAX);
+        self.since = until.saturating_sub(core.shared.run).max(self.since);
+    }
 }
 
 /// Why a worker is not used any more.
@@ -389,9 +399,7 @@ impl Courier {
                 return Ok(());
             }
             Event::Extend(milliseconds) => {
-                // The limit counts from a beginning, so that is what moves; never beyond the longest time there is.
-                let until = (core.now + Micros::from(milliseconds) * 1_000).min(first.begun + RUN_MAX);
-                first.since = until.saturating_sub(core.shared.run).max(first.since);
+                first.extend(milliseconds, core);
                 if let Some(errand) = &first.errand {
                     errand.exchange.ticket.restart(first.since);
                 }
@@ -444,10 +452,12 @@ impl Courier {
     fn take_piece(&mut self, id: u32, event: Event<'_>, core: &mut Core) -> Result<(), Violation> {
         let (Some(first), Some(outlet)) = (self.flights.front_mut(), &mut self.outlet) else { return Ok(()) };
         match event {
-            Event::Extend(_) | Event::Hints(_) => {}
+            Event::Hints(_) => {}
+            Event::Extend(_) if id != first.id => {}
+            Event::Extend(milliseconds) => first.extend(milliseconds, core),
             _ if id != first.id => return Err(Violation("a piece of another answer")),
             Event::Piece(bytes) if outlet.wanted => {
-                first.since = core.now;
+                first.since = first.since.max(core.now);
                 outlet.ahead += bytes.len() as u64;
                 outlet.gathered.extend_from_slice(bytes);
                 if outlet.gathered.len() >= PIECE_BYTES {
@@ -486,7 +496,7 @@ impl Courier {
         let (Some(outlet), Some(wire)) = (&mut self.outlet, &self.wire) else { return };
         match notice {
             Notice::Taken(bytes) => {
-                first.since = core.now;
+                first.since = first.since.max(core.now);
                 outlet.ahead = outlet.ahead.saturating_sub(bytes);
             }
             Notice::Discarded => outlet.wanted = false,
@@ -619,7 +629,7 @@ impl Courier {
         };
         if held_back {
             // It is the client that is slow, and has a limit of its own.
-            runner.since = core.now;
+            runner.since = runner.since.max(core.now);
         }
         let due = runner.since + core.shared.run;
         if core.now >= due {
@@ -683,7 +693,8 @@ impl Courier {
             format!("{} {}", request.method(), request.path())
         });
         if let Some(mut errand) = runs {
-            let unbegun = matches!(why, Break::Died) && is_marked(&errand) && wire.link.channel.last_begun() != id;
+            let unbegun =
+                matches!(why, Break::Died) && is_marked(&errand) && wire.link.channel.last_begun() != id && errand.unbegun < UNBEGUN_MAX;
             // Each thread of a worker may have met the same death.
             let first_time = errand.lost_with.is_none_or(|id| id == worker.id);
             let again = !errand.exchange.ticket.client_disconnected() && (unbegun || first_time && may_be_repeated(&errand));
@@ -696,8 +707,9 @@ impl Courier {
                 Break::Overdue | Break::Stopped => core.send_home(errand, None),
                 Break::Died | Break::Violation(_) if again => {
                     errand.started = true;
-                    if !unbegun {
-                        errand.lost_with = Some(worker.id);
+                    match unbegun {
+                        true => errand.unbegun += 1,
+                        false => errand.lost_with = Some(worker.id),
                     }
                     core.shared.pools.give_back(errand);
                 }

@@ -123,6 +123,17 @@ def act_extend(environ, start_response):
     return plain(start_response, "in time after all")
 
 
+def act_extend_stream(environ, start_response):
+    def pieces():
+        yield b"in time "
+        environ["uringd.extend_deadline"](20)
+        time.sleep(float(environ["QUERY_STRING"]))
+        yield b"after all"
+
+    plain(start_response, "")
+    return pieces()
+
+
 def act_die(environ, start_response):
     """Dies once for each file that QUERY_STRING names: the second attempt finds it gone."""
     name = environ["QUERY_STRING"]
