@@ -21,6 +21,8 @@ import ast
 import fcntl
 import gc
 import importlib
+import importlib.machinery
+import importlib.util
 import io
 import json
 import mmap
@@ -399,17 +401,23 @@ class Exchange:
 
     # The answer, in every form but the hot loop's.
 
-    def respond(self, result):
-        """Sends what the application returned, and closes it whatever happens."""
+    def respond(self, result, iterator=None, first=(), error=None):
+        """Sends what the application returned, and closes it whatever happens. The rest is how far
+        the native module has come: `iterator` is of `result`, and has given `first`.
+        """
         try:
             try:
+                if error is not None:
+                    raise error
                 if type(result) is FileWrapper and self.send_file(result):
                     pass
-                elif isinstance(result, (list, tuple)) and not self.begun:
+                elif iterator is None and isinstance(result, (list, tuple)) and not self.begun:
                     # It is there as a whole, so it leaves as a whole, and uringd counts it.
                     self.whole(b"".join(result))
                 else:
-                    for piece in result:
+                    for piece in first:
+                        self.put(piece)
+                    for piece in result if iterator is None else iterator:
                         self.put(piece)
                     self.end()
             except BaseException as error:
@@ -680,7 +688,8 @@ class Channel:
 
     def serve(self, app):
         """The hot loop: one recv, one loads, one copy and update and one send; everything rare is
-        elsewhere. The tuple is PLACES, and what not every request has.
+        elsewhere. The tuple is PLACES, and what not every request has. Where there is a native
+        module (uringd_native.rs), it does the same for what is as usual.
         """
         worker, page, out, lock = self.worker, self.page, self.out, self.lock
         receive, send, clock, join = self.data.recv, self.data.sendall, time.perf_counter, b"".join
@@ -691,6 +700,21 @@ class Channel:
         pre_request = worker.hooks.get("pre_request")
         post_request = worker.hooks.get("post_request")
         base_copy = worker.base_environ(exchange).copy
+        native = None
+        if worker.zygote.native is not None and pre_request is None:
+            native, start_response = worker.zygote.native.bind(
+                exchange,
+                app,
+                statuses,
+                out,
+                BytesIO,
+                FileWrapper,
+                self.flush,
+                self.tidy,
+                start_response,
+                exchange.write,
+                PLACES,
+            )
         quick, held_from = 0, 0.0
         exchange.environ = environ = base_copy()
         while not page[PAGE_END]:
@@ -702,64 +726,77 @@ class Channel:
                 if size - at < 16:
                     data = self.receive_rest(data[at:], 16)
                     at, size = 0, len(data)
-                payload_bytes, id, kind, environ_bytes = unpack(data, at)
-                stop = at + 12 + payload_bytes
-                if stop > size:
-                    data = self.receive_rest(data[at:], 12 + payload_bytes)
-                    at, size, stop = 0, len(data), 12 + payload_bytes
-                split = at + 16 + environ_bytes
-                (
-                    environ["REQUEST_METHOD"],
-                    environ["PATH_INFO"],
-                    environ["QUERY_STRING"],
-                    environ["SERVER_PROTOCOL"],
-                    uri,
-                    environ["REMOTE_ADDR"],
-                    port,
-                    environ["uringd.request_id"],
-                    environ["uringd.queue_seconds"],
-                    environ["uringd.deadline"],
-                    more,
-                ) = loads(data[at + 16 : split])
-                environ["REQUEST_URI"] = environ["RAW_URI"] = uri
-                if port:
-                    environ["REMOTE_PORT"] = port
-                environ.update(more)
-                if split == stop and kind == kind_of_most:
-                    environ["wsgi.input"] = BytesIO()
+                handled = None
+                if native is not None:
+                    handled = native(data, at, environ, start_response, quick >= QUICK_BATCHES)
+                if type(handled) is int:
+                    stop = handled
+                elif handled is not None:
+                    stop, result, iterator, first, error = handled
+                    exchange.may_wait = stop < size and quick >= QUICK_BATCHES
+                    self.take_over(exchange, result, iterator, first, error)
+                    handled = iterator = first = error = None
                 else:
-                    environ["wsgi.input"] = self.body(exchange, kind, id, data, split, stop)
-                exchange.id, exchange.started = id, None
-                try:
-                    if pre_request is not None:
-                        pre_request(exchange)
-                    result = app(environ, start_response)
-                    started = exchange.started
-                    if type(result) is list and started is not None and not exchange.rare:
-                        body = join(result)
-                        status, headers = started
-                        kind, reason = statuses[status]
-                        lines = "".join([name + ": " + value + "\r\n" for name, value in headers])
-                        if lines.count("\n") != len(headers):
-                            check_headers(headers)
-                        head = (reason + lines).encode("latin-1")
-                        head_bytes, body_bytes = len(head), len(body)
-                        if head_bytes + body_bytes > copy_bytes_max:
-                            exchange.whole(body)
-                            self.tidy(exchange)
-                        else:
-                            out.append(
-                                pack(4 + head_bytes + body_bytes, id, kind, head_bytes)
-                                + head
-                                + body
-                            )
+                    payload_bytes, id, kind, environ_bytes = unpack(data, at)
+                    stop = at + 12 + payload_bytes
+                    if stop > size:
+                        data = self.receive_rest(data[at:], 12 + payload_bytes)
+                        at, size, stop = 0, len(data), 12 + payload_bytes
+                    split = at + 16 + environ_bytes
+                    (
+                        environ["REQUEST_METHOD"],
+                        environ["PATH_INFO"],
+                        environ["QUERY_STRING"],
+                        environ["SERVER_PROTOCOL"],
+                        uri,
+                        environ["REMOTE_ADDR"],
+                        port,
+                        environ["uringd.request_id"],
+                        environ["uringd.queue_seconds"],
+                        environ["uringd.deadline"],
+                        more,
+                    ) = loads(data[at + 16 : split])
+                    environ["REQUEST_URI"] = environ["RAW_URI"] = uri
+                    if port:
+                        environ["REMOTE_PORT"] = port
+                    environ.update(more)
+                    if split == stop and kind == kind_of_most:
+                        environ["wsgi.input"] = BytesIO()
                     else:
-                        exchange.may_wait = stop < size and quick >= QUICK_BATCHES
-                        exchange.respond(result)
+                        environ["wsgi.input"] = self.body(exchange, kind, id, data, split, stop)
+                    exchange.id, exchange.started = id, None
+                    try:
+                        if pre_request is not None:
+                            pre_request(exchange)
+                        result = app(environ, start_response)
+                        started = exchange.started
+                        if type(result) is list and started is not None and not exchange.rare:
+                            body = join(result)
+                            status, headers = started
+                            kind, reason = statuses[status]
+                            lines = "".join(
+                                [name + ": " + value + "\r\n" for name, value in headers]
+                            )
+                            if lines.count("\n") != len(headers):
+                                check_headers(headers)
+                            head = (reason + lines).encode("latin-1")
+                            head_bytes, body_bytes = len(head), len(body)
+                            if head_bytes + body_bytes > copy_bytes_max:
+                                exchange.whole(body)
+                                self.tidy(exchange)
+                            else:
+                                out.append(
+                                    pack(4 + head_bytes + body_bytes, id, kind, head_bytes)
+                                    + head
+                                    + body
+                                )
+                        else:
+                            exchange.may_wait = stop < size and quick >= QUICK_BATCHES
+                            exchange.respond(result)
+                            self.tidy(exchange)
+                    except BaseException as error:
+                        exchange.fail(error)
                         self.tidy(exchange)
-                except BaseException as error:
-                    exchange.fail(error)
-                    self.tidy(exchange)
                 if post_request is not None:
                     self.flush()
                     post_request(exchange)
@@ -797,6 +834,14 @@ class Channel:
                 held_from = 0.0
             # Prepared after the answer has left, where nobody waits for it.
             exchange.environ = environ = base_copy()
+
+    def take_over(self, exchange, *left):
+        """What the native module has left of a request that was not as usual."""
+        try:
+            exchange.respond(*left)
+        except BaseException as error:
+            exchange.fail(error)
+        self.tidy(exchange)
 
     def body(self, exchange, kind, id, data, split, stop):
         """wsgi.input of a request that has a body, inline or in a file, or that is marked: uringd
@@ -2227,6 +2272,7 @@ class Zygote:
         self.workers = {}  # pid: the id that uringd gave it
         self.app = self.config = None
         self.start, self.mount = {}, ""
+        self.native = None
 
     def run(self):
         """Returns a Worker in a child that is to become one; in the zygote itself None, when all is
@@ -2268,12 +2314,13 @@ class Zygote:
         """Reads `start`, makes the surroundings of the application, loads it if told to; says ready
         or failed. Or reads `settings`, and answers it.
         """
-        record = os.environ.pop(self.RESTART, None)
+        record, descriptors = os.environ.pop(self.RESTART, None), []
         if record is None:
-            record = self.control.recv(RECORD_BYTES_MAX)
+            record, descriptors = receive_descriptors(self.control, RECORD_BYTES_MAX, 1)
             if not record:
                 return False
         record = json.loads(record)
+        native_fd = descriptors[0] if descriptors else record.get("native")
         if "settings" in record or record["start"].get("check"):
             # Only for a moment, and nobody else would end it.
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -2328,11 +2375,14 @@ class Zygote:
             self.tell({"failed": explain(error, start)})
             return False
         if threads > 1 and not start.get("check"):
-            if warning is None and self.restart(threads):
+            if warning is None and self.restart(threads, native_fd):
                 return False
             self.app = None
+        self.native = load_native(native_fd)
         interface = None if self.app is None else "wsgi"
-        ready = dict(interpreter(), pid=os.getpid(), interface=interface)
+        ready = dict(
+            interpreter(), pid=os.getpid(), interface=interface, native=self.native is not None
+        )
         if warning:
             ready["warning"] = warning
         freeze()
@@ -2357,7 +2407,7 @@ class Zygote:
         finally:
             fcntl.fcntl(self.control, fcntl.F_SETFL, flags)
 
-    def restart(self, threads):
+    def restart(self, threads, native_fd):
         """The application started threads when it was imported, and a fork copies only one of them,
         with the locks that the others hold. So this interpreter begins anew, and each worker loads
         the application itself.
@@ -2381,9 +2431,11 @@ class Zygote:
             return True
         base = dict(self.start.get("base") or {}, SCRIPT_NAME=self.mount)
         start = dict(self.start, preload=False, base=base)
-        record = {"start": start, "warning": warning, "cwd": self.cwd}
+        record = {"start": start, "warning": warning, "cwd": self.cwd, "native": native_fd}
         environ = dict(os.environ, **{self.RESTART: json.dumps(record)})
         os.set_inheritable(CONTROL_FD, True)
+        if native_fd is not None:
+            os.set_inheritable(native_fd, True)
         try:
             os.execve(sys.executable, [sys.executable] + argv, environ)
         except OSError as error:
@@ -2510,6 +2562,33 @@ class Zygote:
             self.control.send(json.dumps(record).encode())
         except OSError:
             pass
+
+
+def load_native(fd):
+    """The module in this file of memory, uringd_native.rs; None where it cannot be had. It is for
+    CPython as it usually is: with a GIL, and objects that begin with their count and type.
+    """
+    if fd is None:
+        return None
+    name, path = "uringd_native", "/proc/self/fd/%d" % fd
+    try:
+        if (
+            sys.implementation.name != "cpython"
+            or "t" in sys.abiflags
+            or hasattr(sys, "getobjects")
+            or os.environ.get("URINGD_NATIVE") == "0"
+        ):
+            return None
+        loader = importlib.machinery.ExtensionFileLoader(name, path)
+        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+        return importlib.util.module_from_spec(spec)
+    except Exception:
+        return None  # All of it is in this file too, in Python.
+    finally:
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # the application has closed it
 
 
 def search_path(added):

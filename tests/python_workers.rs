@@ -31,6 +31,22 @@ fn an_application_is_served_and_the_start_up_line_names_it() {
 }
 
 #[test]
+fn workers_have_the_native_module_unless_it_is_turned_off() {
+    let python = python_or_skip!();
+    for (options, expected) in [
+        (&[][..], "True"),
+        (&["--preload"], "True"),
+        // An application with threads: the zygote begins anew.
+        (&["--preload", "--env", "THREAD=1"], "True"),
+        (&["--env", "URINGD_NATIVE=0"], "False"),
+    ] {
+        let server = Server::behave(&python, options);
+        let answer = server.get("/native");
+        assert!([expected, "not for this interpreter"].contains(&answer.text()), "{options:?}: {}", answer.text());
+    }
+}
+
+#[test]
 fn bodies_arrive_in_memory_and_as_files() {
     let python = python_or_skip!();
     let server = Server::behave(&python, &[]);

@@ -35,6 +35,9 @@ use super::PythonApp;
 
 /// What the zygote and its workers run.
 const SOURCE: &str = include_str!("../../python/uringd_worker.py");
+/// The ordinary request of it as an extension module, made by build.rs; empty where that could not be done. The program
+/// is whole without it.
+const NATIVE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/uringd_native.so"));
 /// The program finds its control socket as descriptor 3. A child is given one as its standard input without unsafe code, so
 /// the first lines move it; not when the program runs itself again, for then it is there already.
 const PRELUDE: &str = "import os, stat
@@ -218,7 +221,9 @@ impl Zygote {
             pid: std::process::id(),
             check,
         };
-        self.send(&serde_json::json!({ "start": start }), &[])
+        let native = native_module();
+        let descriptors: Vec<BorrowedFd<'_>> = native.iter().map(AsFd::as_fd).collect();
+        self.send(&serde_json::json!({ "start": start }), &descriptors)
     }
 
     /// Tells it how many workers there are to be from now on, for its hook.
@@ -406,6 +411,16 @@ impl Channel {
         })?;
         file.metadata().is_ok_and(|metadata| metadata.is_file()).then_some(file)
     }
+}
+
+/// [`NATIVE`] as a file that an interpreter can load.
+fn native_module() -> Option<File> {
+    if NATIVE.is_empty() {
+        return None;
+    }
+    let file = File::from(rustix::fs::memfd_create("uringd-native", MemfdFlags::CLOEXEC).ok()?);
+    file.write_all_at(NATIVE, 0).ok()?;
+    Some(file)
 }
 
 fn kill(child: &mut Child, itself: Option<&(i32, OwnedFd)>) {

@@ -5,6 +5,7 @@ docs/worker-protocol.md says what is sent here. Every frame read is checked to t
 
 import array
 import fcntl
+import glob
 import json
 import mmap
 import os
@@ -25,7 +26,9 @@ RESPONSE, BEGIN, PIECE, END, FILE, READY, FAILED, HINTS, EXTEND = range(1, 10)
 WAIT_SECONDS = 20.0
 
 # How uringd starts it: a short command line, the source in a file of memory at descriptor 4.
-BOOT = "exec(compile(open('/proc/self/fd/4').read(), 'uringd_worker.py', 'exec'))"
+# `types` first: PyPy 7.3.11 cannot always import it after it has compiled much ("dictionary changed
+# size during iteration"; not without its JIT, nor when the collector comes at another time).
+BOOT = "import types; exec(compile(open('/proc/self/fd/4').read(), 'uringd_worker.py', 'exec'))"
 
 
 def marshal_string(text):
@@ -230,6 +233,16 @@ def memory_file(data):
         return os.dup(file.fileno())
 
 
+def native_module():
+    """The latest that cargo has made, or None."""
+    target = os.environ.get("CARGO_TARGET_DIR") or os.path.join(
+        os.path.dirname(WORKER), "../target"
+    )
+    pattern = os.path.join(target, "*", "build", "uringd-*", "out", "uringd_native.so")
+    paths = [path for path in glob.glob(pattern) if os.path.getsize(path)]
+    return max(paths, key=os.path.getmtime) if paths else None
+
+
 class Zygote:
     """The worker file as a subprocess. Use as a context manager; `stderr()` is what it and its
     workers wrote.
@@ -269,7 +282,9 @@ class Zygote:
             {"app": app, "threads": 1, "preload": False, "base": base_environ()}, **options
         )
         if start:
-            self.tell({"start": self.options})
+            path = native_module()
+            with open(path or os.devnull, "rb") as native:
+                self.tell({"start": self.options}, [native.fileno()] if path else [])
             self.first = self.hear()
 
     def __enter__(self):

@@ -33,6 +33,7 @@ from channel import (  # noqa: E402
     request_environ,
     request_frame,
 )
+from test_native import Native  # noqa: E402, F401
 
 APP = r"""
 import gzip, io, json, multiprocessing, os, sys, tempfile, threading, time, traceback

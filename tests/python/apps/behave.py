@@ -8,6 +8,8 @@ import threading
 import time
 
 STARTED = time.monotonic()
+if "THREAD" in os.environ:
+    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
 
 
 def app(environ, start_response):
@@ -27,6 +29,13 @@ def act_hello(environ, start_response):
 
 def act_pid(environ, start_response):
     return plain(start_response, "%d" % os.getpid())
+
+
+def act_native(environ, start_response):
+    """Whether the native module runs this request, where there is one."""
+    if sys.implementation.name != "cpython" or "t" in sys.abiflags:
+        return plain(start_response, "not for this interpreter")
+    return plain(start_response, str(type(start_response) is type(len)))
 
 
 def act_thread(environ, start_response):
