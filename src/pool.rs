@@ -87,6 +87,8 @@ pub enum Answer {
     Hints { token: Token, serial: u64, fields: Vec<Field> },
     /// A handler has made more of a body.
     Piece { token: Token, serial: u64, bytes: Vec<u8> },
+    /// A handler that makes a body has asked for more time: as if it had made the last piece then.
+    Extended { token: Token, serial: u64, since: Micros },
     /// A handler has made all of a body; or failed, when it is not whole.
     Ended { token: Token, serial: u64, whole: bool },
     /// The disk is done.

@@ -454,7 +454,13 @@ impl Courier {
         match event {
             Event::Hints(_) => {}
             Event::Extend(_) if id != first.id => {}
-            Event::Extend(milliseconds) => first.extend(milliseconds, core),
+            Event::Extend(milliseconds) => {
+                first.extend(milliseconds, core);
+                if outlet.wanted {
+                    let Outlet { home, token, serial, .. } = *outlet;
+                    core.answers.push((home, Answer::Extended { token, serial, since: first.since }));
+                }
+            }
             _ if id != first.id => return Err(Violation("a piece of another answer")),
             Event::Piece(bytes) if outlet.wanted => {
                 first.since = first.since.max(core.now);

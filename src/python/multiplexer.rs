@@ -348,7 +348,7 @@ impl Multiplexer {
         let Some(Flight { what: What::Stream(outlet), since, gone, .. }) = line.flights.get_mut(&id) else { return };
         match notice {
             Notice::Taken(bytes) => {
-                *since = self.now;
+                *since = self.now.max(*since);
                 outlet.used = outlet.used.saturating_sub(bytes);
                 frames::word(&mut line.out, id, Word::Credit, u32::try_from(bytes).unwrap_or(u32::MAX));
             }
@@ -579,7 +579,7 @@ impl Multiplexer {
                     return Err(Violation("more of a body than there was credit for"));
                 }
                 if outlet.wanted {
-                    flight.since = self.now;
+                    flight.since = flight.since.max(self.now);
                     if outlet.gathered.is_empty() {
                         line.touched.push(id);
                     }
@@ -602,13 +602,18 @@ impl Multiplexer {
                 self.count(line);
             }
             (Event::Return, What::Errand(_)) => self.returned(line, id),
-            (Event::Extend(milliseconds), What::Errand(errand)) => {
+            (Event::Extend(milliseconds), what) => {
                 // The limit counts from a beginning, so that is what moves; never beyond the longest time there is.
                 let until = (self.now + Micros::from(milliseconds) * 1_000).min(flight.begun + RUN_MAX);
                 flight.since = until.saturating_sub(self.shared.run).max(flight.since);
-                errand.exchange.ticket.restart(flight.since);
+                match what {
+                    What::Errand(errand) => errand.exchange.ticket.restart(flight.since),
+                    What::Stream(Outlet { home, token, serial, .. }) => {
+                        let (token, serial, since) = (*token, *serial, flight.since);
+                        self.answers.push((*home, Answer::Extended { token, serial, since }));
+                    }
+                }
             }
-            (Event::Extend(_), What::Stream(_)) => {}
             (_, What::Errand(_)) => return Err(Violation("a piece of an answer that was not begun")),
             (_, What::Stream(_)) => return Err(Violation("another answer in the middle of one")),
         }
@@ -701,7 +706,7 @@ impl Multiplexer {
             let mut due = flight.since + run;
             match &flight.what {
                 // While it waits for its client, it is the client that is slow.
-                What::Stream(outlet) if outlet.wanted && outlet.used >= WINDOW_BYTES => flight.since = now,
+                What::Stream(outlet) if outlet.wanted && outlet.used >= WINDOW_BYTES => flight.since = now.max(flight.since),
                 What::Stream(_) => {}
                 What::Errand(errand) if !errand.exchange.ticket.client_disconnected() => due += ANSWERED,
                 What::Errand(_) if now < due && !flight.gone => {

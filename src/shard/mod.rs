@@ -185,6 +185,7 @@ fn take(engine: &mut Engine, answer: Answer, now: Micros) {
         Answer::Response(exchange) => engine.answered(exchange, now),
         Answer::Hints { token, serial, fields } => engine.hinted(token, serial, &fields, now),
         Answer::Piece { token, serial, bytes } => engine.piece(token, serial, bytes, now),
+        Answer::Extended { token, serial, since } => engine.extended(token, serial, since, now),
         Answer::Ended { token, serial, whole } => engine.ended(token, serial, whole, now),
         Answer::Disk(done) => engine.disk_done(done, now),
     }

@@ -408,6 +408,7 @@ impl World {
                 self.told.tell(now, format_args!("answered {:?} #{}", exchange.token, exchange.serial));
                 self.engine.answered(exchange, now);
             }
+            Answer::Extended { .. } => unreachable!("no handler here asks for more time"),
             Answer::Hints { token, serial, fields } => {
                 self.told.tell(now, format_args!("hints for {token:?} #{serial}"));
                 self.engine.hinted(token, serial, &fields, now);

@@ -564,7 +564,7 @@ impl Stand {
                 assert!(!whole || asked.is_over || asked.body == body_of(serial), "{serial} is not whole; seed {seed}");
                 asked.is_over = true;
             }
-            Answer::Hints { .. } | Answer::Disk(_) => panic!("nobody does; seed {seed}"),
+            Answer::Hints { .. } | Answer::Extended { .. } | Answer::Disk(_) => panic!("nobody does; seed {seed}"),
         }
     }
 

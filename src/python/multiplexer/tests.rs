@@ -593,7 +593,7 @@ fn run(seed: u64) {
                     _ => assert_eq!(response.status, 502, "{serial}; seed {seed}"),
                 }
             }
-            Answer::Hints { .. } => panic!("nobody hints; seed {seed}"),
+            Answer::Hints { .. } | Answer::Extended { .. } => panic!("nobody does; seed {seed}"),
             Answer::Piece { serial, bytes, .. } => {
                 let (credit, body, _) = streams.get_mut(&serial).unwrap_or_else(|| panic!("a piece of nothing; seed {seed}"));
                 credit.take(bytes.len() as u64);

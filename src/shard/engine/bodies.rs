@@ -250,11 +250,20 @@ impl Engine {
     pub fn piece(&mut self, token: Token, serial: u64, piece: Vec<u8>, now: Micros) {
         if let Some(key) = self.streaming(token, serial) {
             let slot = &mut self.slots[key];
-            slot.since = now;
+            slot.since = slot.since.max(now);
             if let Some(outgoing) = &mut slot.outgoing {
                 outgoing.held.push_back(piece);
             }
             self.pump(key, now);
+        }
+    }
+
+    /// Whoever makes the next piece may take longer over it.
+    pub fn extended(&mut self, token: Token, serial: u64, since: Micros, now: Micros) {
+        if let Some(key) = self.streaming(token, serial) {
+            let slot = &mut self.slots[key];
+            slot.since = slot.since.max(since);
+            self.schedule(key, now);
         }
     }
 
