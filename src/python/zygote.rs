@@ -352,7 +352,7 @@ impl Channel {
     pub fn pair() -> io::Result<(Channel, [OwnedFd; 3])> {
         let (data, worker_data) = UnixStream::pair()?;
         let (descriptors, worker_descriptors) = UnixStream::pair()?;
-        let page = File::from(rustix::fs::memfd_create("uringd-page", MemfdFlags::CLOEXEC)?);
+        let page = memory_file("uringd-page", MemfdFlags::NOEXEC_SEAL)?;
         page.set_len(PAGE_BYTES)?;
         let theirs = [worker_data.into(), worker_descriptors.into(), page.try_clone()?.into()];
         Ok((Channel { data, descriptors, page }, theirs))
@@ -413,12 +413,21 @@ impl Channel {
     }
 }
 
+/// A file of memory, which says whether it may be executed: since 6.3 the kernel asks, and may insist (sysctl vm.memfd_noexec).
+fn memory_file(name: &str, may_be_executed: MemfdFlags) -> io::Result<File> {
+    let file = match rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | may_be_executed) {
+        Err(rustix::io::Errno::INVAL) => rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?,
+        file => file?,
+    };
+    Ok(File::from(file))
+}
+
 /// [`NATIVE`] as a file that an interpreter can load.
 fn native_module() -> Option<File> {
     if NATIVE.is_empty() {
         return None;
     }
-    let file = File::from(rustix::fs::memfd_create("uringd-native", MemfdFlags::CLOEXEC).ok()?);
+    let file = memory_file("uringd-native", MemfdFlags::EXEC).ok()?;
     file.write_all_at(NATIVE, 0).ok()?;
     Some(file)
 }
