@@ -1,4 +1,4 @@
-//! One core: its thread, its driver, its engine, and the loop that joins them.
+//! One core: its thread, its driver, its engine, its couriers to worker processes, and the loop that joins them.
 
 pub mod deadlines;
 pub mod engine;
