@@ -13,9 +13,10 @@
 //!              | or epoll <------Op------- http1: bytes, events   v              |          |
 //!              |                              ^      Runs::Inline: at once       |          |
 //!              |                              +------- response, doorbell --------+         |
-//!              +-------------------------------------^--------------------------------------+
-//!                                                    |
-//!                                           disk threads: bodies too large for memory
+//!              +------^------------------------------^--------------------------------------+
+//!                     |                              |
+//!        couriers, on the same driver:      disk threads: bodies too large for memory
+//!        Python worker processes
 //! ```
 //!
 //! Two seams are plain data. Above, [`http1`] speaks bytes and events; below, [`driver`] takes `Op`s and
