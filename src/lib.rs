@@ -55,7 +55,8 @@
 //! - A request reaches a handler only when it is complete and well-formed.
 //! - Memory the kernel may touch belongs to the driver until its last completion; a slot is used again only when
 //!   nothing of it is in flight; completions carry slot and generation. shutdown(2) before close.
-//! - No lock, allocation, clock call or formatting per request on the ring thread (`tests/counting.rs`).
+//! - No lock, allocation, clock call or formatting per request on the ring thread (`tests/counting.rs`). Where a worker process
+//!   answers, that thread makes the response that a handler would have made elsewhere, and allocates its fields and its body.
 //! - Every queue, buffer and wait has a bound, and every bound an outcome that the client can see.
 //! - `unsafe` only in `driver/`, where a descriptor is adopted, and in what the interpreter loads
 //!   (`python/uringd_native.rs`). `http1` does no I/O and knows no clock.

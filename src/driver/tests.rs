@@ -264,12 +264,8 @@ fn a_shutdown_ends_a_pending_receive_and_a_pending_send() {
 #[test]
 fn a_shutdown_and_a_stop_end_a_receive_in_the_middle_of_a_flood() {
     with_every_driver(&[], |kernel| {
-        for round in 0..20usize {
-            let (mut flood, fd) = tcp_pair();
-            let token = kernel.connection(fd);
+        in_floods(kernel, |kernel, token, fd, round| {
             kernel.push(Op::Recv { token, fd });
-            // Ends when the connection is reset below.
-            let writer = thread::spawn(move || while flood.write_all(&[b'x'; 64 << 10]).is_ok() {});
             kernel.until("the flood", |kernel| kernel.received_bytes(token) > (1 << 20) + (round << 15));
             // Whoever ends a connection arms no receive on it again, whichever way the last one came to its end.
             kernel.arms_again = false;
@@ -277,32 +273,35 @@ fn a_shutdown_and_a_stop_end_a_receive_in_the_middle_of_a_flood() {
             kernel.push(Op::RecvStop { token, fd });
             let end = kernel.until_recv_end(token);
             assert!(!matches!(end, RecvEnd::Failed(errno) if errno != libc::ECONNRESET), "{end:?}");
-            kernel.arms_again = true;
-            kernel.push(Op::Close { fd, reset: true });
-            writer.join().unwrap();
-            kernel.events.clear();
-        }
+        });
     });
 }
 
 #[test]
 fn a_receive_that_is_armed_and_stopped_in_one_turn_ends_however_much_there_is_to_read() {
     with_every_driver(&[], |kernel| {
-        for _ in 0..20 {
-            let (mut flood, fd) = tcp_pair();
-            let token = kernel.connection(fd);
-            let writer = thread::spawn(move || while flood.write_all(&[b'x'; 64 << 10]).is_ok() {});
+        in_floods(kernel, |kernel, token, fd, _| {
             kernel.arms_again = false;
             kernel.push(Op::Recv { token, fd });
             kernel.push(Op::RecvStop { token, fd });
             let end = kernel.until_recv_end(token);
             assert!(matches!(end, RecvEnd::Stopped | RecvEnd::Again | RecvEnd::NoBuffers), "{end:?}");
-            kernel.arms_again = true;
-            kernel.push(Op::Close { fd, reset: true });
-            writer.join().unwrap();
-            kernel.events.clear();
-        }
+        });
     });
+}
+
+/// Twenty connections, one after the other, whose peers send without end until they are reset.
+fn in_floods(kernel: &mut Kernel, mut body: impl FnMut(&mut Kernel, Token, RawFd, usize)) {
+    for round in 0..20 {
+        let (mut flood, fd) = tcp_pair();
+        let token = kernel.connection(fd);
+        let writer = thread::spawn(move || while flood.write_all(&[b'x'; 64 << 10]).is_ok() {});
+        body(kernel, token, fd, round);
+        kernel.arms_again = true;
+        kernel.push(Op::Close { fd, reset: true });
+        writer.join().unwrap();
+        kernel.events.clear();
+    }
 }
 
 /// Two buffers for twenty connections, each of which has more to read than both can take.

@@ -38,7 +38,7 @@ use std::{
 use super::{
     dispatch::{Core, Wire},
     frames::{self, Event, Facts, Reader, Violation},
-    worker::{Order, RUN_MAX, Report, RequestId, is_marked, may_be_repeated},
+    worker::{Order, RUN_MAX, Report, RequestId, is_marked, lost, may_be_repeated},
 };
 use crate::{
     driver::{Chunk, Completion, Op, Payload, RecvEnd, Token},
@@ -66,14 +66,17 @@ const UNBEGUN_MAX: u8 = 8;
 const PIECE_BYTES: usize = 64 << 10;
 
 pub(super) struct Courier {
-    /// Its place among those of its core.
+    /// Its place among those of its core, and what the supervisor calls it.
     key: usize,
+    pub number: u32,
     /// What it was told and is not at rest to do yet.
     orders: VecDeque<Order>,
     /// `None`: there is no worker for it.
     wire: Option<Wire>,
     /// It waits for requests.
     is_idle: bool,
+    /// It will have no worker any more.
+    is_stopped: bool,
     /// What the worker has, in its order. The first one runs.
     flights: VecDeque<Flight>,
     /// The body that the first one's answer has, in pieces.
@@ -146,12 +149,14 @@ enum Break {
 }
 
 impl Courier {
-    pub fn new(key: usize, request_id: RequestId) -> Courier {
+    pub fn new(key: usize, number: u32, request_id: RequestId) -> Courier {
         Courier {
             key,
+            number,
             orders: VecDeque::new(),
             wire: None,
             is_idle: false,
+            is_stopped: false,
             flights: VecDeque::new(),
             outlet: None,
             held: None,
@@ -166,8 +171,8 @@ impl Courier {
         }
     }
 
-    pub fn is_linked(&self) -> bool {
-        self.wire.is_some()
+    pub fn is_stopped(&self) -> bool {
+        self.is_stopped
     }
 
     /// More than one request is on its way, so what comes next can wait until the worker pauses.
@@ -584,7 +589,11 @@ impl Courier {
                 self.wire = core.open(self.key, link);
             }
             Order::Leave(id) | Order::Drop(id) if self.wire.as_ref().is_none_or(|wire| wire.link.worker.id != id) => {}
-            Order::Leave(_) | Order::Drop(_) | Order::Stop => self.unlink(core),
+            Order::Leave(_) | Order::Drop(_) => self.unlink(core),
+            Order::Stop => {
+                self.unlink(core);
+                self.is_stopped = true;
+            }
         }
     }
 
@@ -670,6 +679,7 @@ impl Courier {
     /// The server ends: whoever still waits for this worker is gone.
     pub fn stop(&mut self, core: &mut Core) {
         self.orders.clear();
+        self.is_stopped = true;
         if self.batch.is_some() {
             self.fail(&Break::Stopped, core);
         } else {
@@ -720,8 +730,7 @@ impl Courier {
                     core.shared.pools.give_back(errand);
                 }
                 Break::Died | Break::Violation(_) => {
-                    let text = "The application's process ended before it had answered.\n";
-                    core.send_home(errand, Some(Response::text(text).status(502)));
+                    core.send_home(errand, Some(lost()));
                 }
             }
         }

@@ -12,7 +12,6 @@
 //! cannot wait and that no ordinary request needs: descriptors of bodies in files, and the page of a worker that is late.
 
 use std::{
-    collections::BTreeMap,
     mem,
     os::fd::{AsRawFd, RawFd},
     sync::Arc,
@@ -47,8 +46,6 @@ pub struct Dispatch {
     mail: Receiver<Mail>,
     notices: Receiver<(usize, u32, Notice)>,
     couriers: Slab<Courier>,
-    /// The courier of each number that the supervisor knows.
-    numbers: BTreeMap<u32, usize>,
     abroad: Vec<(usize, Answer)>,
 }
 
@@ -116,7 +113,7 @@ impl Dispatch {
             idle: Vec::new(),
             look_at: None,
         };
-        Dispatch { core, mail, notices, couriers: Slab::new(), numbers: BTreeMap::new(), abroad: Vec::new() }
+        Dispatch { core, mail, notices, couriers: Slab::new(), abroad: Vec::new() }
     }
 
     /// What the driver is to do.
@@ -151,27 +148,20 @@ impl Dispatch {
     }
 
     fn tell(&mut self, number: u32, order: Order) {
-        let (couriers, core) = (&mut self.couriers, &mut self.core);
-        if let Order::Stop = order {
-            // It may still be busy, and is given up once it is not: its number means nobody any more.
-            let Some(key) = self.numbers.remove(&number) else { return };
-            couriers[key].tell(Order::Stop, core);
-        } else {
-            let key = *self.numbers.entry(number).or_insert_with(|| {
-                let entry = couriers.vacant_entry();
-                let key = entry.key();
-                entry.insert(Courier::new(key, RequestId::new(core.shared.start, number)));
-                key
-            });
-            couriers[key].tell(order, core);
-        }
+        let key = match self.couriers.iter().find(|(_, courier)| courier.number == number) {
+            Some((key, _)) => key,
+            None => {
+                let key = self.couriers.vacant_key();
+                self.couriers.insert(Courier::new(key, number, RequestId::new(self.core.shared.start, number)))
+            }
+        };
+        self.couriers[key].tell(order, &mut self.core);
         self.sweep();
     }
 
-    /// Forgets couriers that were stopped and have come to rest.
+    /// Forgets couriers that were stopped.
     fn sweep(&mut self) {
-        let numbers = &self.numbers;
-        self.couriers.retain(|key, courier| courier.is_linked() || numbers.values().any(|named| *named == key));
+        self.couriers.retain(|_, courier| !courier.is_stopped());
     }
 
     fn look(&mut self) {
@@ -258,7 +248,6 @@ impl Dispatch {
         for (_, courier) in &mut self.couriers {
             courier.stop(&mut self.core);
         }
-        self.numbers.clear();
         self.sweep();
     }
 

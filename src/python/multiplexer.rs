@@ -46,7 +46,7 @@ use rustix::{
 
 use super::{
     frames::{self, Event, Facts, Reader, Violation, Word},
-    worker::{Link, Order, RUN_MAX, Report, RequestId, Shared, may_be_repeated},
+    worker::{Link, Order, RUN_MAX, Report, RequestId, Shared, lost, may_be_repeated},
 };
 use crate::{
     driver::{Token, waker::Waker},
@@ -817,10 +817,6 @@ impl Multiplexer {
             }
         }
     }
-}
-
-fn lost() -> Response {
-    Response::text("The application's process ended before it had answered.\n").status(502)
 }
 
 impl Line {

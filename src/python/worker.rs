@@ -16,6 +16,7 @@ use super::zygote::Channel;
 use crate::{
     config::Permit,
     exchange::Micros,
+    handler::Response,
     pool::{Clock, Errand, Pools},
     stats::Stats,
 };
@@ -180,6 +181,11 @@ pub(super) fn may_be_repeated(errand: &Errand) -> bool {
 /// it. One that may be repeated is repeated once without asking.
 pub(super) fn is_marked(errand: &Errand) -> bool {
     !may_be_repeated(errand) || errand.lost_with.is_some()
+}
+
+/// The answer to a request that its worker took along.
+pub(super) fn lost() -> Response {
+    Response::text("The application's process ended before it had answered.\n").status(502)
 }
 
 /// Makes request ids: the start of the process, the courier, and a number that counts.

@@ -160,19 +160,6 @@ def act_exit(environ, start_response):
     sys.exit(5)
 
 
-def act_garbage(environ, start_response):
-    """Writes to every socket of the process what no worker writes: the one with frames is among them."""
-    for fd in range(3, 64):
-        try:
-            sock = socket.socket(fileno=os.dup(fd))
-            if sock.family == socket.AF_UNIX:
-                sock.send(b"HTTP/1.1 200 OK\r\n\r\n")
-        except OSError:
-            pass
-    time.sleep(5)
-    return plain(start_response, "nobody sees this")
-
-
 def act_mark(environ, start_response):
     """Leaves a trace of having run."""
     with open(environ["QUERY_STRING"], "a") as marks:
